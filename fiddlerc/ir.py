@@ -1,0 +1,163 @@
+"""Every type that flows between the compiler's stages.
+
+Those that end in the plan are defined by the plan's format (`fiddler_runtime.plan`) and named here again; the others are
+defined here. All are frozen; units are in the field names; `verify` methods state the invariants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from fiddler_runtime.machine import Accelerator, Machine
+from fiddler_runtime.plan import (
+    CurveSummary,
+    ExpertTensors,
+    KernelSpec,
+    KernelVariant,
+    MemoryItem,
+    ModelSpec,
+    Objective,
+    Options,
+    PlacementSummary,
+    Provenance,
+    Tables,
+)
+
+__all__ = [
+    "Accelerator",
+    "Calibration",
+    "CurveSummary",
+    "ExpertTensors",
+    "KernelSources",
+    "KernelSpec",
+    "KernelVariant",
+    "LatencyModel",
+    "Limits",
+    "Machine",
+    "MemoryBudget",
+    "MemoryItem",
+    "ModelSpec",
+    "Objective",
+    "Options",
+    "Placement",
+    "PlacementSummary",
+    "Provenance",
+    "Sample",
+    "Tables",
+    "Trace",
+]
+
+Quantity = Literal["cpu_expert", "gpu_expert", "host_to_device", "device_to_host", "cpu_expert_while_copying"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measured point.
+
+    Experts: hidden_size, intermediate_size and tokens are set and bytes is the weights read.
+    Copies: bytes is the amount copied and the shape fields are 0.
+    """
+
+    quantity: Quantity
+    hidden_size: int
+    intermediate_size: int
+    tokens: int
+    bytes: int
+    threads: int
+    isa: str
+    median_us: float
+    spread_us: float
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The machine's ceilings: measured, or read from a data sheet. 0 where there is no such device."""
+
+    cpu_threads: int
+    cpu_read_gbps: float
+    cpu_peak_gflops: float
+    gpu_read_gbps: float
+    gpu_peak_gflops: float
+    host_to_device_gbps: float
+    device_to_host_gbps: float
+    cpu_entry_us: float
+    gpu_entry_us: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """hw.json: a machine, its limits and raw samples. A data sheet has limits and no samples."""
+
+    schema: Literal["fiddlerc-hw/1"]
+    name: str
+    provenance: Provenance
+    source: str
+    machine: Machine
+    limits: Limits
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Which experts a text chose, in one model.
+
+    counts    int64 [layers, experts]  choices per phase: 0 prefill, 1 decode; shape [2, layers, experts]
+    experts   uint16 [tokens, layers, top_k], or None for imported counts
+    sequence  int32 [tokens], position int32 [tokens], phase uint8 [tokens] (0 prefill, 1 decode), or None alike
+    """
+
+    model_fingerprint: str
+    model_name: str
+    source: str
+    counts: npt.NDArray[np.int64]
+    experts: npt.NDArray[np.uint16] | None
+    sequence: npt.NDArray[np.int32] | None
+    position: npt.NDArray[np.int32] | None
+    phase: npt.NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Fitted latencies of one expert shape on one machine; what the dispatch tables are sampled from.
+
+    tokens int32 [n] grid, cpu_us and gpu_us float64 [n] non-decreasing; scalars in microseconds.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    cpu_us: npt.NDArray[np.float64]
+    gpu_us: npt.NDArray[np.float64]
+    cpu_overhead_us: float
+    gpu_overhead_us: float
+    stream_us: float
+    contention: float
+    curves: tuple[CurveSummary, ...]
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """The accelerator's memory, item by item, and how many experts fit in what is left."""
+
+    total_bytes: int
+    items: tuple[MemoryItem, ...]
+    resident_experts: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """resident bool [layers, experts]; popularity float64 [layers, experts], rows sum to 1."""
+
+    resident: npt.NDArray[np.bool_]
+    popularity: npt.NDArray[np.float64]
+    summary: PlacementSummary
+
+
+@dataclass(frozen=True)
+class KernelSources:
+    """Generated text by its path below the plan's kernels/ folder."""
+
+    spec: KernelSpec
+    files: dict[str, str]

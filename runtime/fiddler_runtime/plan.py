@@ -1,0 +1,247 @@
+"""The plan format (plans/README.md specifies it): its types, its strict reader, its atomic writer.
+
+A plan is a directory: plan.json, tables.safetensors, kernels/ (sources) and whatever else plan.json lists. The compiler
+writes through `write_plan`; the runtime reads through `read_plan`; nobody else knows the format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from . import strict
+from .errors import FiddlerError
+from .machine import Machine
+
+FORMAT_MAJOR = 1
+FORMAT_MINOR = 0
+ABI_VERSION = 1
+
+HEADER = "plan.json"
+TABLES = "tables.safetensors"
+Provenance = Literal["measured", "data sheet", "paper"]
+Objective = Literal["decode", "prefill", "beam", "balanced"]
+
+
+@dataclass(frozen=True)
+class ExpertTensors:
+    """Checkpoint names of one expert's matrices; {layer} and {expert} are filled in."""
+
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """An MoE model as far as running its experts depends on it.
+
+    moe_layers            indices of the decoder layers that have routed experts
+    identity              config.json keys and values that a model directory must share to run with the plan
+    non_expert_bytes      everything but the routed experts, in the model's dtype
+    kv_bytes_per_token    keys and values of all layers
+    workspace_bytes_per_token  activations that live at once while a token is processed
+    """
+
+    name: str
+    architecture: str
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    activation: Literal["silu"]
+    vocab_size: int
+    max_context: int
+    expert_tensors: ExpertTensors
+    identity: dict[str, str | int | float | bool]
+    non_expert_bytes: int
+    kv_bytes_per_token: int
+    workspace_bytes_per_token: int
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's three bf16 matrices."""
+        return 3 * self.hidden_size * self.intermediate_size * 2
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the architecture and shapes (not the weights, not the name)."""
+        nameless = replace(self, name="")
+        return hashlib.sha256(strict.dump(nameless)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class KernelVariant:
+    """One instruction set's kernel. tile_tokens x tile_vectors is its register tile; k_block its depth blocking."""
+
+    isa: str
+    symbol: str
+    tile_tokens: int
+    tile_vectors: int
+    k_block: int
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """The generated kernels of one expert shape."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    variants: tuple[KernelVariant, ...]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of one packed expert (docs/kernels.md): 64-output blocks, inputs in pairs, zero-padded."""
+        return packed_bytes(self.hidden_size, self.intermediate_size)
+
+
+def packed_bytes(hidden_size: int, intermediate_size: int) -> int:
+    """Size of one packed expert: gate/up blocks of 32+32 outputs over hidden pairs, down blocks of 64 over pairs."""
+
+    def blocks(n: int, by: int) -> int:
+        return -(-n // by)
+
+    gate_up = blocks(intermediate_size, 32) * blocks(hidden_size, 2) * 64 * 2 * 2
+    down = blocks(hidden_size, 64) * blocks(intermediate_size, 2) * 64 * 2 * 2
+    return gate_up + down
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of the compiler, as far as decisions depend on it."""
+
+    objective: Objective
+    context: int
+    batch: int
+    gpu_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryItem:
+    """One line of the accelerator's memory budget."""
+
+    item: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CurveSummary:
+    """How one latency table came about. Errors are relative, over held-out sizes; 0 where nothing was measured."""
+
+    quantity: Literal["cpu_expert", "gpu_expert", "host_to_device"]
+    model: str
+    formula: str
+    heldout_median_error: float
+    heldout_max_error: float
+    samples: int
+    interpolated: bool
+    candidates: dict[str, float]
+
+
+@dataclass(frozen=True)
+class HardwareSummary:
+    """Where the latencies come from."""
+
+    name: str
+    provenance: Provenance
+    source: str
+    machine: Machine
+
+
+@dataclass(frozen=True)
+class PlacementSummary:
+    """Experts on the accelerator, and what that buys on the popularity the placement rests on."""
+
+    basis: str
+    resident_experts: int
+    total_experts: int
+    hit_rate: float
+    random_hit_rate: float
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the plan, by its POSIX path inside the directory."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """plan.json. digest is the sha256 of the canonical header with digest set to the empty text."""
+
+    format_major: int
+    format_minor: int
+    abi: int
+    model: ModelSpec
+    kernels: KernelSpec
+    hardware: HardwareSummary
+    options: Options
+    memory: tuple[MemoryItem, ...]
+    latency: tuple[CurveSummary, ...]
+    placement: PlacementSummary
+    assumptions: tuple[str, ...]
+    tools: dict[str, str]
+    files: tuple[FileEntry, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Tables:
+    """tables.safetensors.
+
+    tokens          int32 [n]    grid of cpu_us and gpu_us: dense from 0, then log-spaced, increasing
+    cpu_us, gpu_us  float32 [n]  one expert with that many tokens, microseconds, non-decreasing
+    scalars_us      float32 [3]  CPU lane entry c0, accelerator lane entry g0, copy of one expert w
+    contention      float32 [1]  gamma, relative slow-down of the CPU lane while copies run
+    decode_streams  int32 [top_k + 1]  for a one-token step with that many misses: how many of them to stream
+    resident        uint8 [layers, experts]  1 where the expert lives on the accelerator
+    popularity      float32 [layers, experts]  share of the layer's choices; rows sum to 1
+    """
+
+    tokens: npt.NDArray[np.int32]
+    cpu_us: npt.NDArray[np.float32]
+    gpu_us: npt.NDArray[np.float32]
+    scalars_us: npt.NDArray[np.float32]
+    contention: npt.NDArray[np.float32]
+    decode_streams: npt.NDArray[np.int32]
+    resident: npt.NDArray[np.uint8]
+    popularity: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan that was read and verified, and where it lies."""
+
+    path: Path
+    header: Header
+    tables: Tables
+
+
+_TABLE_TYPES: dict[str, str] = {
+    "tokens": "int32",
+    "cpu_us": "float32",
+    "gpu_us": "float32",
+    "scalars_us": "float32",
+    "contention": "float32",
+    "decode_streams": "int32",
+    "resident": "uint8",
+    "popularity": "float32",
+}
