@@ -1,0 +1,292 @@
+"""The accelerator as the lanes see it: a compute queue and a copy engine that run beside the caller.
+
+Three kinds. `cuda` is an NVIDIA GPU: two streams. `simulated` is torch on the CPU, one core, in threads of its own: the
+same decisions, data movement and waiting without a GPU; nothing timed on it is a GPU figure. `none` has no queue.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from ..errors import FiddlerError, FiddlerWarning
+from ..machine import AcceleratorKind
+from .expert import run_expert, unpack_expert, unpack_expert_into
+from .worker import Worker
+
+__all__ = ["Device", "Ticket", "open_device", "run_expert", "unpack_expert", "unpack_expert_into"]
+
+R = TypeVar("R")
+Ticket = Any
+"""A moment in a queue that another queue can wait for: a Future, a CUDA event, or None (already past)."""
+
+
+class Device(ABC):
+    """A compute queue and a copy engine, each in order, concurrent with each other and with the caller.
+
+    Work on the compute queue is a function given to `submit`. It may call `copy`, `on_copy_engine`, `wait` and `mark`;
+    the caller may call `submit`, `join`, `copy` and `synchronize`.
+    """
+
+    kind: AcceleratorKind
+    torch_device: torch.device
+
+    @abstractmethod
+    def submit(self, fn: Callable[..., R], *args: Any) -> Future[R]:
+        """Queues fn(*args) for the compute queue, after what the caller's current stream has been given."""
+
+    @abstractmethod
+    def join(self, future: Future[R]) -> R:
+        """The result of submitted work, raising its exception; the caller may use the tensors it wrote."""
+
+    @abstractmethod
+    def on_copy_engine(self, fn: Callable[..., None], *args: Any, after: Ticket = None) -> Ticket:
+        """Queues fn(*args) for the copy engine, after that ticket; returns at once."""
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Ticket = None) -> Ticket:
+        """Starts dst <- src on the copy engine, after that ticket; returns at once.
+
+        src must stay alive and unchanged until the ticket is past.
+        """
+        return self.on_copy_engine(_copy, dst, src, after=after)
+
+    @abstractmethod
+    def wait(self, ticket: Ticket) -> None:
+        """Inside submitted work: what follows starts after the ticket. Raises what the copy engine raised."""
+
+    @abstractmethod
+    def mark(self) -> Ticket:
+        """Inside submitted work: a ticket that is past when everything before it has run."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Waits until both queues are empty. Raises what the last copy raised."""
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Memory of the device that is free, or None if it is the host's."""
+
+    def pin(self, tensor: torch.Tensor) -> Callable[[], None]:
+        """Makes host memory fast to copy from, where that means something; returns what undoes it."""
+        return _nothing
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finishes what is queued and ends the threads. Calling it again does nothing."""
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_device(kind: Literal["auto", "cuda", "simulated", "none"] = "auto") -> Device:
+    """Opens the accelerator. auto: the GPU if there is one, else the simulated one.
+
+    Raises FiddlerError if cuda is asked for and absent. Warns (FiddlerWarning) for cuda: see CudaDevice.
+    """
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "simulated"
+    if kind == "cuda":
+        return CudaDevice()
+    if kind == "simulated":
+        return SimulatedDevice()
+    if kind == "none":
+        return NoDevice()
+    raise FiddlerError("unknown device", found=repr(kind), expected="auto, cuda, simulated or none")
+
+
+class SimulatedDevice(Device):
+    """torch on one CPU core, in one thread for the compute queue and one for the copy engine."""
+
+    kind: AcceleratorKind = "simulated"
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+        self._compute = Worker("fiddler-simulated-compute")
+        self._copies = Worker("fiddler-simulated-copy")
+        # torch keeps the number of threads per thread *and* as the default of threads that come later. The first
+        # is wanted, the second not: so the caller's own number is set again after the two threads have set theirs.
+        callers = torch.get_num_threads()
+        for worker in (self._compute, self._copies):
+            worker.submit(_use_one_thread).result()
+        torch.set_num_threads(callers)
+        self._last_copy: Future[None] | None = None
+
+    def submit(self, fn: Callable[..., R], *args: Any) -> Future[R]:
+        return self._compute.submit(_without_grad, fn, args)
+
+    def join(self, future: Future[R]) -> R:
+        return future.result()
+
+    def on_copy_engine(self, fn: Callable[..., None], *args: Any, after: Ticket = None) -> Ticket:
+        # `after` is always past: the compute queue is synchronous, so mark() returns None.
+        self._last_copy = self._copies.submit(_without_grad, fn, args)
+        return self._last_copy
+
+    def wait(self, ticket: Ticket) -> None:
+        if ticket is not None:
+            ticket.result()
+
+    def mark(self) -> Ticket:
+        return None
+
+    def synchronize(self) -> None:
+        self._compute.submit(_nothing).result()
+        if self._last_copy is not None:
+            self._last_copy.result()
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def close(self) -> None:
+        self._compute.close()
+        self._copies.close()
+
+
+class CudaDevice(Device):
+    """An NVIDIA GPU: a compute stream fed by a thread of its own, so that launching overlaps the CPU lane, and a copy
+    stream. Host memory is registered with the driver (`pin`) so that copies are asynchronous.
+
+    No test of this project has run it on a GPU: opening it warns so.
+    """
+
+    kind: AcceleratorKind = "cuda"
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise FiddlerError(
+                "cannot open the device cuda",
+                found="no GPU that torch can use",
+                expected="an NVIDIA GPU and a CUDA build of torch",
+                hint="fiddlerc doctor; or use the simulated device (--device simulated)",
+            )
+        warnings.warn(
+            "the CUDA lanes have not been run on a GPU by this project's tests: compare the output with transformers'",
+            FiddlerWarning,
+            stacklevel=3,
+        )
+        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self._compute = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._launcher = Worker("fiddler-cuda-launch")
+
+    def submit(self, fn: Callable[..., R], *args: Any) -> Future[R]:
+        before = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        before.record(torch.cuda.current_stream(self.torch_device))
+        return self._launcher.submit(self._launch, before, fn, args)
+
+    def _launch(self, before: torch.cuda.Event, fn: Callable[..., R], args: tuple[Any, ...]) -> R:
+        self._compute.wait_event(before)
+        with torch.cuda.stream(self._compute):
+            return _without_grad(fn, args)
+
+    def join(self, future: Future[R]) -> R:
+        result = future.result()
+        torch.cuda.current_stream(self.torch_device).wait_stream(self._compute)
+        return result
+
+    def on_copy_engine(self, fn: Callable[..., None], *args: Any, after: Ticket = None) -> Ticket:
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._copies):
+            if after is not None:
+                self._copies.wait_event(after)
+            _without_grad(fn, args)
+            done.record(self._copies)
+        return done
+
+    def wait(self, ticket: Ticket) -> None:
+        if ticket is not None:
+            self._compute.wait_event(ticket)
+
+    def mark(self) -> Ticket:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._compute)
+        return event
+
+    def synchronize(self) -> None:
+        self._launcher.submit(_nothing).result()
+        self._copies.synchronize()
+        self._compute.synchronize()
+
+    def free_bytes(self) -> int | None:
+        return int(torch.cuda.mem_get_info(self.torch_device)[0])
+
+    def pin(self, tensor: torch.Tensor) -> Callable[[], None]:
+        # Not pin_memory(): torch's allocator rounds up to a power of two, nearly doubling a large arena.
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        address = tensor.data_ptr()
+        status = int(runtime.cudaHostRegister(address, tensor.nbytes, 0))
+        if status != 0:
+            raise FiddlerError(
+                "cannot pin host memory for copies to the GPU",
+                found=f"cudaHostRegister error {status} for {tensor.nbytes} bytes",
+                hint="ulimit -l unlimited",
+            )
+        return lambda: runtime.cudaHostUnregister(address)
+
+    def close(self) -> None:
+        self._launcher.close()
+
+
+class NoDevice(Device):
+    """No accelerator: everything runs in the CPU lane, and submitting anything is a mistake."""
+
+    kind: AcceleratorKind = "none"
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+
+    @staticmethod
+    def _refuse() -> FiddlerError:
+        return FiddlerError("there is no accelerator to run on", found="device none", expected="cuda or simulated")
+
+    def submit(self, fn: Callable[..., R], *args: Any) -> Future[R]:
+        raise self._refuse()
+
+    def join(self, future: Future[R]) -> R:
+        raise self._refuse()
+
+    def on_copy_engine(self, fn: Callable[..., None], *args: Any, after: Ticket = None) -> Ticket:
+        raise self._refuse()
+
+    def wait(self, ticket: Ticket) -> None:
+        raise self._refuse()
+
+    def mark(self) -> Ticket:
+        raise self._refuse()
+
+    def synchronize(self) -> None:
+        """There is nothing to wait for."""
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+def _without_grad(fn: Callable[..., R], args: tuple[Any, ...]) -> R:
+    """Gradient mode is per thread, and a queue's threads start with it on."""
+    with torch.no_grad():
+        return fn(*args)
+
+
+def _use_one_thread() -> None:
+    # Asking first: the first question a thread asks resets its number to the process's default (torch 2.13).
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+def _copy(dst: torch.Tensor, src: torch.Tensor) -> None:
+    dst.copy_(src, non_blocking=True)
+
+
+def _nothing() -> None:
+    """What undoes nothing, and what marks the end of a queue."""
