@@ -1,0 +1,370 @@
+"""Every stage of the compiler, in order, top to bottom. The only module that imports them all.
+
+`compile_plan` is the compiler; the other functions are what the rest of the command line does with the same stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from fiddler_runtime import compat, strict
+from fiddler_runtime import plan as plan_format
+from fiddler_runtime.build import build_kernels
+from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.kernels import KernelLibrary
+from fiddler_runtime.machine import this_machine
+from fiddler_runtime.plan import Header, HardwareSummary, Plan
+
+from . import __version__, codegen, execution, frontend, hardware, latency, placement, report
+from . import trace as tracing
+from .ir import Calibration, MemoryBudget, ModelSpec, Objective, Options, Trace
+
+Progress = Callable[[str, int, int], None]
+
+DEFAULT_CONTEXT = 4096
+BEAM_BATCH = 4
+DEFAULT_SHAPES = ((4096, 14336), (2048, 768))
+QUICK_SHAPES = ((2048, 768),)
+
+
+@dataclass(frozen=True)
+class CompileRequest:
+    """What `fiddlerc compile` was asked. None means: take the default that `compile_plan` documents."""
+
+    model: str
+    hardware: str
+    output: Path | None = None
+    trace: Path | None = None
+    gpu_memory_bytes: int | None = None
+    objective: Objective = "balanced"
+    context: int | None = None
+    batch: int | None = None
+    isas: tuple[str, ...] | None = None
+    build: bool = True
+    include_binaries: bool = False
+    dump_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The plan that was written and the kernel library built from it (None when building was declined)."""
+
+    plan: Plan
+    library: Path | None
+
+
+def compile_plan(request: CompileRequest, progress: Progress | None = None) -> Compiled:
+    """Model + machine + trace -> plan directory.
+
+    Defaults: output `<model>-<machine>` in the current directory; GPU memory that of the machine's accelerator; context
+    the model's, at most 4096; batch 1, or 4 where the objective includes beams; kernels for every known ISA.
+    Raises FiddlerError for everything a user can get wrong; nothing is left behind then.
+    """
+    dump = _Dump(request.dump_dir)
+
+    model = frontend.load_model(request.model)
+    dump("model", model)
+
+    calibration = hardware.load_hardware(request.hardware)
+    dump("hardware", calibration)
+
+    trace = None if request.trace is None else tracing.read_trace(request.trace, model)
+    popularity = tracing.popularity(trace, model, request.objective)
+    dump("popularity", {"source": None if trace is None else trace.source, "popularity": popularity})
+
+    fitted = latency.fit(calibration, model)
+    dump("latency", fitted)
+
+    options = _options(request, model, calibration)
+    budget = _budget(model, options, calibration)
+    dump("memory", {"options": options, "budget": budget})
+
+    basis = "uniform assumption" if trace is None else f"trace: {trace.source}"
+    placed = placement.place(model, popularity, budget, basis)
+    dump("placement", placed)
+
+    # Tables need the placement: the ready decode decisions depend on how many experts of a step can be resident.
+    tables = placement.make_tables(model, fitted, placed)
+    dump("tables", tables)
+
+    sources = codegen.generate(model.hidden_size, model.intermediate_size, request.isas)
+    dump.files("kernels", sources.files)
+
+    # Built before the plan is published: a plan whose kernels do not compile must not exist.
+    files = {f"kernels/{name}": text.encode() for name, text in sources.files.items()}
+    library = None
+    if request.build:
+        library = _build(sources.files, progress)
+        if request.include_binaries:
+            files[f"kernels/{library.name}"] = library.read_bytes()
+    elif request.include_binaries:
+        raise FiddlerError("--include-binaries needs the kernels built", found="--no-build", hint="leave out --no-build")
+
+    assumptions = _assumptions(calibration, trace, model)
+    header = Header(
+        format_major=plan_format.FORMAT_MAJOR,
+        format_minor=plan_format.FORMAT_MINOR,
+        abi=plan_format.ABI_VERSION,
+        model=model,
+        kernels=sources.spec,
+        hardware=HardwareSummary(
+            calibration.name, calibration.provenance, calibration.source, calibration.machine
+        ),
+        options=options,
+        memory=budget.items,
+        latency=fitted.curves,
+        placement=placed.summary,
+        assumptions=assumptions,
+        tools={"fiddlerc": __version__},
+        files=(),
+        digest="",
+    )
+    files["report.html"] = report.render(header, calibration, fitted, placed, budget, tables)
+    output = request.output or Path(f"{model.name}-{calibration.name}")
+    plan = plan_format.write_plan(output, header, tables, files)
+    return Compiled(plan, library)
+
+
+def calibrate(
+    output: Path,
+    *,
+    quick: bool,
+    accelerator: Literal["auto", "cuda", "simulated", "none"],
+    models: Sequence[str],
+    name: str | None,
+    source: str,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Measures this machine with kernels generated for `models` (default: two typical shapes) and writes hw.json.
+
+    A model's experts are measured where they will lie when it runs: weights rotate over all of the model's experts, or
+    over more than the last-level cache holds, whichever is less.
+    """
+    rotate: dict[tuple[int, int], int] = {}
+    for model in models:
+        spec = frontend.load_model(model)
+        shape = (spec.hidden_size, spec.intermediate_size)
+        total = len(spec.moe_layers) * spec.num_experts * spec.expert_bytes
+        rotate[shape] = max(rotate.get(shape, 0), total)
+    shapes = tuple(rotate) or (QUICK_SHAPES if quick else DEFAULT_SHAPES)
+    libraries = {}
+    for hidden, intermediate in shapes:
+        sources = codegen.generate(hidden, intermediate)
+        libraries[hidden, intermediate] = KernelLibrary(_build(sources.files, progress), sources.spec)
+    calibration = hardware.measure(
+        libraries,
+        quick=quick,
+        accelerator=accelerator,
+        rotate_bytes=rotate or None,
+        name=name or output.stem,
+        source=source,
+        progress=progress,
+    )
+    hardware.write_hardware(calibration, output)
+    return calibration
+
+
+def record_trace(
+    model: str,
+    texts: Sequence[Path],
+    output: Path,
+    *,
+    sequence_tokens: int,
+    prompt_tokens: int,
+    batch: int,
+    generate_tokens: int,
+    num_beams: int,
+    max_tokens: int | None,
+    progress: Progress | None = None,
+) -> Trace:
+    """Runs the model over text files and writes which experts they chose."""
+    spec = frontend.load_model(model)
+    if not Path(model).is_dir():
+        raise FiddlerError(
+            "tracing runs the model, so it needs its weights",
+            found=f"the built-in name {model!r}, which has shapes only",
+            expected="a Hugging Face directory",
+            hint="fiddlerc trace MODEL_DIR --text FILE -o trace.safetensors",
+        )
+    contents = [_read_text(path) for path in texts]
+    trace = tracing.record(
+        Path(model),
+        spec,
+        contents,
+        sequence_tokens=sequence_tokens,
+        prompt_tokens=prompt_tokens,
+        batch=batch,
+        generate_tokens=generate_tokens,
+        num_beams=num_beams,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    tracing.write_trace(trace, output)
+    return trace
+
+
+def import_counts(model: str, counts: Path, output: Path) -> Trace:
+    """Published expert counts (JSON) -> trace file."""
+    trace = tracing.from_counts(counts, frontend.load_model(model))
+    tracing.write_trace(trace, output)
+    return trace
+
+
+def inspect_plan(path: Path) -> dict[str, Any]:
+    """What a plan says, as plain JSON values. A plan of another format still tells its version."""
+    try:
+        plan = plan_format.read_plan(path, verify=False)
+    except FiddlerError as error:
+        version = plan_format.peek_version(path)
+        if version is None:
+            raise
+        raise FiddlerError(
+            error.what + f" (this plan says it is of format {version[0]}.{version[1]})",
+            found=error.found,
+            expected=error.expected,
+            hint=error.hint,
+        ) from None
+    value: dict[str, Any] = strict.encode(plan.header)
+    value["model"]["fingerprint"] = plan.header.model.fingerprint
+    value["kernels"]["packed_bytes"] = plan.header.kernels.packed_bytes
+    value["tables"] = {
+        "decode_streams": plan.tables.decode_streams.tolist(),
+        "residents_per_layer": plan.tables.resident.sum(axis=1).tolist(),
+        "scalars_us": dict(
+            zip(("cpu_entry", "accelerator_entry", "stream"), plan.tables.scalars_us.tolist(), strict=True)
+        ),
+        "contention": plan.tables.contention.tolist()[0],
+    }
+    return value
+
+
+def verify_plan(path: Path, model_dir: Path | None = None) -> tuple[Plan, tuple[str, ...]]:
+    """Checks every byte of a plan, then this machine (and a model directory) against it; returns soft mismatches."""
+    plan = plan_format.read_plan(path)
+    if model_dir is not None:
+        execution.check_model(plan, model_dir)
+    return plan, compat.check(plan.header, this_machine())
+
+
+def run(plan: Path, request: execution.RunRequest, **hooks: Any) -> execution.RunResult:
+    """Generates text through a plan."""
+    return execution.run(plan, request, **hooks)
+
+
+def bench(plan: Path, request: execution.BenchRequest, **hooks: Any) -> execution.BenchResult:
+    """Compares a plan's tokens/s with transformers' own, interleaved in one process."""
+    return execution.bench(plan, request, **hooks)
+
+
+def doctor() -> tuple[hardware.Check, ...]:
+    """What this machine has and lacks."""
+    return hardware.doctor()
+
+
+def _options(request: CompileRequest, model: ModelSpec, calibration: Calibration) -> Options:
+    context = min(model.max_context, DEFAULT_CONTEXT) if request.context is None else request.context
+    if not 1 <= context <= model.max_context:
+        raise FiddlerError(
+            "--context is out of range",
+            found=context,
+            expected=f"1 to {model.max_context}, the most {model.name} was trained for",
+        )
+    batch = request.batch
+    if batch is None:
+        batch = BEAM_BATCH if request.objective in ("beam", "balanced") else 1
+    memory = request.gpu_memory_bytes
+    if memory is None:
+        memory = calibration.machine.accelerator.memory_bytes
+    return Options(request.objective, context, batch, memory)
+
+
+def _budget(model: ModelSpec, options: Options, calibration: Calibration) -> MemoryBudget:
+    if calibration.machine.accelerator.kind == "none":
+        return MemoryBudget(0, (), 0)
+    return placement.count_memory(model, options)
+
+
+def _assumptions(calibration: Calibration, trace: Trace | None, model: ModelSpec) -> tuple[str, ...]:
+    lines = []
+    if calibration.provenance != "measured":
+        lines.append(
+            f"latencies come from a {calibration.provenance}, not from a measurement ({calibration.source}); "
+            "run `fiddlerc calibrate` on the machine for real ones"
+        )
+    elif (model.hidden_size, model.intermediate_size) not in {
+        (s.hidden_size, s.intermediate_size) for s in calibration.samples
+    }:
+        lines.append(
+            "latencies are extrapolated from other expert shapes; "
+            f"`fiddlerc calibrate --model {model.name}` measures this one"
+        )
+    if calibration.machine.accelerator.kind == "simulated":
+        lines.append("the accelerator is simulated on the CPU: its figures say nothing about a GPU")
+    if trace is None:
+        lines.append(
+            "placement rests on a uniform assumption: every expert taken as equally popular; give --trace for real ones"
+        )
+    elif trace.experts is None:
+        lines.append("popularity comes from imported counts, which do not tell prefill from decode")
+    return tuple(lines)
+
+
+def _build(files: dict[str, str], progress: Progress | None) -> Path:
+    with tempfile.TemporaryDirectory(prefix="fiddlerc-") as folder:
+        for name, text in files.items():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return build_kernels(Path(folder), progress=progress)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FiddlerError(f"cannot read the text file {path}", found=error.strerror) from None
+    except UnicodeDecodeError:
+        raise FiddlerError(f"cannot read the text file {path}", found="bytes that are not UTF-8") from None
+
+
+class _Dump:
+    """Writes each stage's result below a folder, numbered in the order in which the stages ran."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.number = 0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, stage: str, value: Any) -> None:
+        self.files(stage, {".json": json.dumps(_plain(value), indent=1, sort_keys=True) + "\n"})
+
+    def files(self, stage: str, files: dict[str, str]) -> None:
+        self.number += 1
+        if self.folder is None:
+            return
+        base = self.folder / f"{self.number:02}-{stage}"
+        for name, text in files.items():
+            path = base.with_name(base.name + name) if name.startswith(".") else base / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and arrays to JSON values."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
