@@ -1,0 +1,231 @@
+"""Calibration + model -> latency curves on a grid of token counts: docs/design.md, latency models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.plan import packed_bytes
+
+from ..ir import Calibration, CurveSummary, LatencyModel, ModelSpec, Sample
+from . import roofline
+from .candidates import Candidate, copy_candidates, expert_candidates, transfer_candidates
+from .heldout import MIN_SIZES, choose
+from .points import Ceiling, Floats, copy_work, expert_work, join
+
+DENSE_TOKENS = 64
+MAX_TOKENS = 16384
+_PER_OCTAVE = 8
+
+NEVER_US = 1e12
+"""Streaming where there is nothing to stream to: eleven days, which no dispatch prefers, and finite in fp32."""
+
+# Whatever the overheads subtracted from it, a call takes at least this part of its measured time.
+_MIN_NET = 0.05
+_US_DIGITS = 3
+
+ExpertQuantity = Literal["cpu_expert", "gpu_expert"]
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A curve on its grid, and how it came about."""
+
+    us: Floats
+    summary: CurveSummary
+
+
+def token_grid() -> npt.NDArray[np.int32]:
+    """Token counts of the tables: every one up to DENSE_TOKENS, then eight per octave up to MAX_TOKENS."""
+    octaves = np.log2(MAX_TOKENS / DENSE_TOKENS)
+    steps = np.arange(1, int(octaves * _PER_OCTAVE) + 1)
+    spaced = np.rint(DENSE_TOKENS * 2.0 ** (steps / _PER_OCTAVE))
+    return np.concatenate([np.arange(DENSE_TOKENS + 1), spaced]).astype(np.int32)
+
+
+def fit(calibration: Calibration, spec: ModelSpec) -> LatencyModel:
+    """Latencies of `spec`'s expert on the calibrated machine, in microseconds, non-decreasing in tokens, 0 at none.
+
+    A calibration with samples is regressed: on the spec's own shape where that was measured, else on other shapes in
+    bytes and operations (CurveSummary.interpolated is False then). One without rests on the roofline of its limits.
+    Raises FiddlerError if the samples are too few to hold any out.
+    """
+    if not calibration.samples:
+        model = _from_limits(calibration, spec)
+    else:
+        model = _from_samples(calibration, spec)
+    _verify(model)
+    return model
+
+
+def _from_limits(calibration: Calibration, spec: ModelSpec) -> LatencyModel:
+    limits, tokens = calibration.limits, token_grid()
+    has_accelerator = calibration.machine.accelerator.kind != "none"
+    shape = (spec.hidden_size, spec.intermediate_size)
+    bandwidth = f"{roofline.BANDWIDTH_EFFICIENCY:g} x bandwidth"
+    peak = f"{roofline.PEAK_EFFICIENCY:g} x peak"
+
+    cpu = roofline.cpu_us(expert_work(*shape, tokens, roofline.cpu_ceiling(limits, True)))
+    curves = [
+        _Curve(cpu, _unmeasured("cpu_expert", f"max(bytes / ({bandwidth}), flops / ({peak}))")),
+    ]
+    stream = NEVER_US
+    if has_accelerator:
+        gpu = roofline.gpu_us(expert_work(*shape, tokens, roofline.gpu_ceiling(limits, True)))
+        floor = f"max({roofline.GPU_LAUNCH_US:g} us, bytes / ({bandwidth}), flops / ({peak}))"
+        curves.append(_Curve(gpu, _unmeasured("gpu_expert", floor)))
+        stream = float(copy_work([packed_bytes(*shape)], roofline.copy_ceiling(limits, True)).read_us[0])
+        curves.append(_Curve(np.array([stream]), _unmeasured("host_to_device", f"bytes / ({bandwidth})")))
+    return _assemble(calibration, tokens, curves, stream, roofline.contention(limits) if has_accelerator else 0.0)
+
+
+def _from_samples(calibration: Calibration, spec: ModelSpec) -> LatencyModel:
+    limits, tokens = calibration.limits, token_grid()
+    cpu = _expert_curve(calibration, spec, tokens, "cpu_expert", roofline.cpu_ceiling(limits, False))
+    curves, stream, gamma = [cpu], NEVER_US, 0.0
+    if calibration.machine.accelerator.kind != "none":
+        curves.append(_expert_curve(calibration, spec, tokens, "gpu_expert", roofline.gpu_ceiling(limits, False)))
+        copy = _copy_curve(calibration, packed_bytes(spec.hidden_size, spec.intermediate_size))
+        curves.append(copy)
+        stream, gamma = float(copy.us[0]), _contention(calibration, spec)
+    return _assemble(calibration, tokens, curves, stream, gamma)
+
+
+def _assemble(
+    calibration: Calibration, tokens: npt.NDArray[np.int32], curves: Sequence[_Curve], stream_us: float, gamma: float
+) -> LatencyModel:
+    by_quantity = {curve.summary.quantity: curve for curve in curves}
+    gpu = by_quantity.get("gpu_expert")
+    return LatencyModel(
+        tokens=tokens,
+        cpu_us=_table(tokens, by_quantity["cpu_expert"].us),
+        gpu_us=np.zeros(len(tokens)) if gpu is None else _table(tokens, gpu.us),
+        cpu_overhead_us=round(calibration.limits.cpu_entry_us, _US_DIGITS),
+        gpu_overhead_us=round(calibration.limits.gpu_entry_us, _US_DIGITS),
+        stream_us=round(stream_us, _US_DIGITS),
+        contention=round(gamma, 4),
+        curves=tuple(curve.summary for curve in curves),
+    )
+
+
+def _table(tokens: npt.NDArray[np.int32], us: Floats) -> Floats:
+    """Rounded (the last bits differ between machines), positive, non-decreasing, and 0 for no tokens."""
+    smallest = 10.0**-_US_DIGITS
+    rounded = np.maximum.accumulate(np.maximum(np.round(us, _US_DIGITS), smallest))
+    return np.where(tokens > 0, rounded, 0.0)
+
+
+def _expert_curve(
+    calibration: Calibration,
+    spec: ModelSpec,
+    tokens: npt.NDArray[np.int32],
+    quantity: ExpertQuantity,
+    ceiling: Ceiling,
+) -> _Curve:
+    """c(n) or g(n): from samples of the spec's own shape if there are enough, else from those of all shapes."""
+    samples = [s for s in calibration.samples if s.quantity == quantity and s.tokens > 0]
+    own = [s for s in samples if (s.hidden_size, s.intermediate_size) == (spec.hidden_size, spec.intermediate_size)]
+    interpolated = _distinct(s.tokens for s in own) >= MIN_SIZES
+    used = own if interpolated else samples
+    candidates: tuple[Candidate, ...]
+    if interpolated:
+        candidates = expert_candidates()
+    else:
+        candidates = transfer_candidates(_distinct((s.hidden_size, s.intermediate_size) for s in samples))
+    _require(calibration, quantity, _distinct(s.tokens for s in used), "token counts")
+
+    entry = calibration.limits.cpu_entry_us if quantity == "cpu_expert" else calibration.limits.gpu_entry_us
+    work = join([expert_work(s.hidden_size, s.intermediate_size, [s.tokens], ceiling) for s in used])
+    chosen = choose(candidates, work, _net(used, entry))
+    grid = expert_work(spec.hidden_size, spec.intermediate_size, tokens, ceiling)
+    return _Curve(
+        chosen.fitted.predict(grid),
+        CurveSummary(
+            quantity=quantity,
+            model=chosen.name,
+            formula=chosen.fitted.formula,
+            heldout_median_error=chosen.median_error,
+            heldout_max_error=chosen.max_error,
+            samples=len(used),
+            interpolated=interpolated,
+            candidates=chosen.errors,
+        ),
+    )
+
+
+def _copy_curve(calibration: Calibration, nbytes: int) -> _Curve:
+    """w: copying one packed expert, as a curve of one point."""
+    samples = [s for s in calibration.samples if s.quantity == "host_to_device"]
+    sizes = [s.bytes for s in samples]
+    _require(calibration, "host_to_device", _distinct(sizes), "copy sizes")
+    ceiling = roofline.copy_ceiling(calibration.limits, False)
+    chosen = choose(copy_candidates(), copy_work(sizes, ceiling), _net(samples, 0.0))
+    return _Curve(
+        np.maximum(chosen.fitted.predict(copy_work([nbytes], ceiling)), 10.0**-_US_DIGITS),
+        CurveSummary(
+            quantity="host_to_device",
+            model=chosen.name,
+            formula=chosen.fitted.formula,
+            heldout_median_error=chosen.median_error,
+            heldout_max_error=chosen.max_error,
+            samples=len(samples),
+            interpolated=min(sizes) <= nbytes <= max(sizes),
+            candidates=chosen.errors,
+        ),
+    )
+
+
+def _contention(calibration: Calibration, spec: ModelSpec) -> float:
+    """gamma: median relative slow-down of a CPU expert while copies run, of the spec's shape if that was measured."""
+    alone = {
+        (s.hidden_size, s.intermediate_size, s.tokens): s.median_us
+        for s in calibration.samples
+        if s.quantity == "cpu_expert"
+    }
+    pairs = [
+        (s, alone[key])
+        for s in calibration.samples
+        if s.quantity == "cpu_expert_while_copying" and (key := (s.hidden_size, s.intermediate_size, s.tokens)) in alone
+    ]
+    shape = (spec.hidden_size, spec.intermediate_size)
+    own = [pair for pair in pairs if (pair[0].hidden_size, pair[0].intermediate_size) == shape]
+    ratios = [sample.median_us / us for sample, us in own or pairs]
+    return max(0.0, float(np.median(ratios)) - 1.0) if ratios else 0.0
+
+
+def _net(samples: Sequence[Sample], entry_us: float) -> Floats:
+    """Times without the lane's entry cost, which dispatch adds once per layer."""
+    medians = np.array([s.median_us for s in samples])
+    return np.maximum(medians - entry_us, _MIN_NET * medians)
+
+
+def _distinct(values: Iterable[object]) -> int:
+    return len(set(values))
+
+
+def _require(calibration: Calibration, quantity: str, sizes: int, what: str) -> None:
+    if sizes < MIN_SIZES:
+        raise FiddlerError(
+            f"hardware file {calibration.name!r} has too few {quantity} samples for a latency model",
+            found=f"{sizes} different {what}",
+            expected=f"at least {MIN_SIZES}",
+            hint="fiddlerc calibrate -o hw.json",
+        )
+
+
+def _unmeasured(quantity: Literal["cpu_expert", "gpu_expert", "host_to_device"], formula: str) -> CurveSummary:
+    return CurveSummary(quantity, "roofline of the limits", formula, 0.0, 0.0, 0, False, {})
+
+
+def _verify(model: LatencyModel) -> None:
+    """What every later stage relies on; a violation is a defect here, not a user's mistake."""
+    assert model.tokens[0] == 0 and (np.diff(model.tokens) > 0).all()
+    for table in (model.cpu_us, model.gpu_us):
+        assert np.isfinite(table).all() and table[0] == 0 and (np.diff(table) >= 0).all()
+    assert (model.cpu_us[1:] > 0).all()
+    assert model.stream_us > 0 and model.contention >= 0

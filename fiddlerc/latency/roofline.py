@@ -1,0 +1,65 @@
+"""Latencies of a machine that nobody measured: its limits, times what software reaches of them.
+
+The efficiencies are ours; `compile` and the report say that such a plan rests on a data sheet.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..ir import Limits
+from .points import Ceiling, Floats, Work
+
+# A data sheet's bandwidth is channels x transfer rate. Streaming reads of DRAM and HBM reach 75-90 % of it, and copies
+# alike: one 352 MB expert over PCIe 4.0 x16 in 13.98 ms (arXiv 2509.23638) is 0.80 of the link's 31.5 GB/s, and over
+# PCIe 3.0 x16 in 26.7 ms it is 0.84 of 15.75 GB/s.
+BANDWIDTH_EFFICIENCY = 0.8
+# Packed CPU kernels reach 0.85-0.93 of the measured peak (docs/kernels.md), but a data sheet's peak is cores x base
+# clock with all cores in wide vector code; on the GPU two narrow GEMMs and their element-wise kernels reach about as
+# much of the tensor peak.
+PEAK_EFFICIENCY = 0.6
+# An expert on the GPU is seven small kernels (gather, GEMM, SiLU, product, GEMM, weighting, scatter); launching one
+# from torch takes about 5 us, whatever little there is to compute.
+GPU_LAUNCH_US = 7 * 5.0
+# Copies take their share of the host memory's bandwidth from the CPU lane, but never more than half: memory
+# controllers arbitrate between requesters.
+MAX_COPY_SHARE = 0.5
+
+
+def cpu_ceiling(limits: Limits, efficiency: bool) -> Ceiling:
+    """The CPU's limits in bytes and operations per microsecond, or what is reached of them."""
+    return _ceiling(limits.cpu_read_gbps, limits.cpu_peak_gflops, efficiency)
+
+
+def gpu_ceiling(limits: Limits, efficiency: bool) -> Ceiling:
+    """The accelerator's limits in bytes and operations per microsecond, or what is reached of them."""
+    return _ceiling(limits.gpu_read_gbps, limits.gpu_peak_gflops, efficiency)
+
+
+def copy_ceiling(limits: Limits, efficiency: bool) -> Ceiling:
+    """The host-to-device link's limit in bytes per microsecond, or what is reached of it."""
+    return _ceiling(limits.host_to_device_gbps, 1.0, efficiency)
+
+
+def cpu_us(work: Work) -> Floats:
+    """One expert on the CPU; `work` was made with the ceiling that is reached."""
+    return work.roofline_us
+
+
+def gpu_us(work: Work) -> Floats:
+    """One expert on the GPU; `work` was made with the ceiling that is reached."""
+    return np.maximum(work.roofline_us, GPU_LAUNCH_US)
+
+
+def contention(limits: Limits) -> float:
+    """gamma: the relative slow-down of a memory-bound CPU lane that gives a share of its bandwidth to copies."""
+    share = min(MAX_COPY_SHARE, limits.host_to_device_gbps / limits.cpu_read_gbps)
+    return share / (1.0 - share)
+
+
+def _ceiling(gbps: float, gflops: float, efficiency: bool) -> Ceiling:
+    # 1 GB/s is 1000 bytes a microsecond.
+    return Ceiling(
+        gbps * 1e3 * (BANDWIDTH_EFFICIENCY if efficiency else 1.0),
+        gflops * 1e3 * (PEAK_EFFICIENCY if efficiency else 1.0),
+    )
