@@ -8,14 +8,14 @@ import sys
 def main() -> None:
     """Runs the command line; exits with its status."""
     try:
-        from .cli import run
+        from .cli import run_command_line
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("fiddlerc", "fiddler_runtime"):
             raise
         print(f"error: the compiler's packages are not installed: found no module {error.name!r}", file=sys.stderr)
         print("hint: pip install 'fiddlerc[compiler,hf]'", file=sys.stderr)
         sys.exit(1)
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run_command_line(sys.argv[1:]))
 
 
 if __name__ == "__main__":

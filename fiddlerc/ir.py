@@ -1,7 +1,7 @@
 """Every type that flows between the compiler's stages.
 
-Those that end in the plan are defined by the plan's format (`fiddler_runtime.plan`) and named here again; the others are
-defined here. All are frozen; units are in the field names; `verify` methods state the invariants.
+Those that end in the plan are defined by the plan's format (`fiddler_runtime.plan`) and named here again; the others
+are defined here. All are frozen; units are in the field names; docstrings give shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
 from fiddler_runtime.machine import Accelerator, Machine
 from fiddler_runtime.plan import (
     CurveSummary,

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from fiddler_runtime.build import build_kernels
+from fiddler_runtime.kernels import KernelLibrary
+
 from fiddler_runtime import compat, strict
 from fiddler_runtime import plan as plan_format
-from fiddler_runtime.build import build_kernels
 from fiddler_runtime.errors import FiddlerError
-from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import this_machine
-from fiddler_runtime.plan import Header, HardwareSummary, Plan
+from fiddler_runtime.plan import HardwareSummary, Header, Plan
 
-from . import __version__, codegen, execution, frontend, hardware, latency, placement, report
+from . import __version__, codegen, frontend, hardware, latency, placement, report
+from . import execution as execution
 from . import trace as tracing
 from .ir import Calibration, MemoryBudget, ModelSpec, Objective, Options, Trace
 
@@ -105,7 +107,9 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
         if request.include_binaries:
             files[f"kernels/{library.name}"] = library.read_bytes()
     elif request.include_binaries:
-        raise FiddlerError("--include-binaries needs the kernels built", found="--no-build", hint="leave out --no-build")
+        raise FiddlerError(
+            "--include-binaries needs the kernels built", found="--no-build", hint="leave out --no-build"
+        )
 
     assumptions = _assumptions(calibration, trace, model)
     header = Header(
@@ -114,9 +118,7 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
         abi=plan_format.ABI_VERSION,
         model=model,
         kernels=sources.spec,
-        hardware=HardwareSummary(
-            calibration.name, calibration.provenance, calibration.source, calibration.machine
-        ),
+        hardware=HardwareSummary(calibration.name, calibration.provenance, calibration.source, calibration.machine),
         options=options,
         memory=budget.items,
         latency=fitted.curves,
@@ -193,7 +195,7 @@ def record_trace(
             expected="a Hugging Face directory",
             hint="fiddlerc trace MODEL_DIR --text FILE -o trace.safetensors",
         )
-    contents = [_read_text(path) for path in texts]
+    contents = [execution.read_text(path) for path in texts]
     trace = tracing.record(
         Path(model),
         spec,
@@ -323,15 +325,6 @@ def _build(files: dict[str, str], progress: Progress | None) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         return build_kernels(Path(folder), progress=progress)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FiddlerError(f"cannot read the text file {path}", found=error.strerror) from None
-    except UnicodeDecodeError:
-        raise FiddlerError(f"cannot read the text file {path}", found="bytes that are not UTF-8") from None
 
 
 class _Dump:

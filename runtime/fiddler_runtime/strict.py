@@ -113,9 +113,7 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     names = [f.name for f in dataclasses.fields(kind)]
     for key in value:
         if key not in names:
-            raise FiddlerError(
-                f"unknown key in {where}", found=repr(key), expected="one of " + ", ".join(names)
-            )
+            raise FiddlerError(f"unknown key in {where}", found=repr(key), expected="one of " + ", ".join(names))
     for name in names:
         if name not in value:
             raise FiddlerError(f"missing key in {where}", found="no " + repr(name), expected=", ".join(names))

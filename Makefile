@@ -1,0 +1,60 @@
+# make demo   everything on the embedded trained model: trace, calibrate, compile, run, compare
+# make test   all tests; what CI runs
+# make check  seconds: formatting, types, import rules, goldens, fast tests
+PYTHON ?= python3
+VENV   ?= .venv
+DEMO   := build/demo
+MODEL  := examples/tiny-mixtral
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
+
+.PHONY: demo test check test-gpu golden clean
+
+# torch goes first: with it in place, no other requirement can pull in a different build of it.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: Python $$($(PYTHON) -V 2>&1 | cut -d" " -f2) found, 3.10 or newer expected" >&2; \
+	    echo "hint: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch
+	$(BIN)/pip install --quiet --editable '.[compiler,hf,dev]'
+	@touch $@
+
+$(DEMO)/trace.safetensors: | $(READY)
+	$(BIN)/fiddlerc trace $(MODEL) --text $(MODEL)/heldout-chat.txt --text $(MODEL)/heldout-docs.txt \
+	  --max-tokens 8192 -o $@
+
+$(DEMO)/hw.json: | $(READY)
+	$(BIN)/fiddlerc calibrate --quick --model $(MODEL) -o $@
+
+$(DEMO)/plan/plan.json: $(DEMO)/trace.safetensors $(DEMO)/hw.json | $(READY)
+	$(BIN)/fiddlerc compile $(MODEL) --hw $(DEMO)/hw.json --trace $(DEMO)/trace.safetensors \
+	  --gpu-memory 10MiB --context 1024 -o $(DEMO)/plan
+
+demo: $(DEMO)/plan/plan.json
+	@mkdir -p $(DEMO)
+	$(BIN)/fiddlerc run $(DEMO)/plan --model $(MODEL) --stream --max-new-tokens 48 \
+	  --prompt "$$(cat examples/prompt.txt)"
+	$(BIN)/fiddlerc bench $(DEMO)/plan --model $(MODEL) --text $(MODEL)/heldout-docs.txt --rounds 3
+	@echo "report: $(DEMO)/plan/report.html"
+
+test: $(READY)
+	$(BIN)/pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -m 'not slow and not gpu' tests/unit tests/golden
+
+test-gpu: $(READY)
+	mkdir -p build
+	$(BIN)/pytest -m gpu -rA 2>&1 | tee build/test-gpu.log
+
+golden: $(READY)
+	$(BIN)/pytest -q tests/golden --update-golden
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,503 @@
+"""Arguments in, text out. Data goes to stdout, everything else to stderr; an error is one line and a hint."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fiddler_runtime.errors import FiddlerError, FiddlerWarning
+
+from . import __version__, pipeline
+
+app = typer.Typer(
+    name="fiddlerc",
+    help="Compile a Mixture-of-Experts model and a machine into a plan, and run it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True)
+
+
+class ObjectiveOption(str, Enum):
+    decode = "decode"
+    prefill = "prefill"
+    beam = "beam"
+    balanced = "balanced"
+
+
+class DeviceOption(str, Enum):
+    auto = "auto"
+    cuda = "cuda"
+    simulated = "simulated"
+    none = "none"
+
+
+def parse_bytes(text: str) -> int:
+    """'24GiB', '24GB', '512MiB', '1.5TiB' or plain bytes. Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?", text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not an amount of memory, such as 24GiB, 24GB or 512MiB")
+    number, prefix, binary = match.groups()
+    power = "kMGT".index("k" if prefix == "K" else prefix) + 1 if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def parse_isas(text: str) -> tuple[str, ...]:
+    """'avx512_bf16,avx2' to its parts."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan directory.")]
+ModelDir = Annotated[Path, typer.Option("--model", metavar="DIR", help="The model's Hugging Face directory.")]
+Device = Annotated[DeviceOption, typer.Option(help="Where strategies (a) and (b) run; auto: the GPU if there is one.")]
+Isa = Annotated[str | None, typer.Option(metavar="NAME", help="Run this kernel variant rather than the best.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU lane.")]
+TrustBinaries = Annotated[
+    bool, typer.Option("--trust-binaries", help="Load a kernel library that the plan brings, instead of building it.")
+]
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"fiddlerc {__version__}")
+        raise typer.Exit
+
+
+@app.command("compile")
+def compile_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, or a built-in name.")],
+    hw: Annotated[str, typer.Option("--hw", metavar="HW", help="A calibration file, or a name of the catalogue.")],
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Which experts real text chooses.")] = None,
+    gpu_memory: Annotated[
+        Any, typer.Option(parser=parse_bytes, metavar="SIZE", help="GPU memory to use, such as 24GiB.")
+    ] = None,
+    objective: Annotated[ObjectiveOption, typer.Option(help="The workload to place experts for.")] = (
+        ObjectiveOption.balanced
+    ),
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens per sequence that memory is kept for.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time, beams counted.")] = None,
+    isa: Annotated[str | None, typer.Option(metavar="LIST", help="Kernel variants to generate; default: all.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="PLAN", help="Directory to write.")] = None,
+    build: Annotated[bool, typer.Option(help="Build the kernels now; otherwise at first load.")] = True,
+    include_binaries: Annotated[
+        bool, typer.Option("--include-binaries", help="Ship the built library inside the plan.")
+    ] = False,
+    dump_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Write each stage's result there.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile MODEL for the machine HW into a plan."""
+    request = pipeline.CompileRequest(
+        model=model,
+        hardware=hw,
+        output=output,
+        trace=trace,
+        gpu_memory_bytes=gpu_memory,
+        objective=objective.value,
+        context=context,
+        batch=batch,
+        isas=None if isa is None else parse_isas(isa),
+        build=build,
+        include_binaries=include_binaries,
+        dump_dir=dump_dir,
+    )
+    with _progress() as progress:
+        compiled = pipeline.compile_plan(request, progress)
+    plan, header = compiled.plan, compiled.plan.header
+    report = plan.path / "report.html"
+    if as_json:
+        _print_json(
+            {
+                "plan": str(plan.path),
+                "report": str(report),
+                "digest": header.digest,
+                "library": None if compiled.library is None else str(compiled.library),
+                "placement": dataclasses.asdict(header.placement),
+                "assumptions": list(header.assumptions),
+            }
+        )
+        return
+    for line in header.assumptions:
+        err.print(f"[yellow]note:[/] {line}")
+    placed = header.placement
+    out.print(f"plan       {plan.path}")
+    out.print(f"machine    {header.hardware.name} ({header.hardware.provenance})")
+    out.print(
+        f"placement  {placed.resident_experts} of {placed.total_experts} experts on the accelerator, "
+        f"expected hit rate {placed.hit_rate:.1%} (random {placed.random_hit_rate:.1%})"
+    )
+    out.print(f"kernels    {header.kernels.name}: {', '.join(v.isa for v in header.kernels.variants)}")
+    out.print(f"report     {report}")
+
+
+@app.command()
+def calibrate(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="HW.json", help="File to write.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and repeats.")] = False,
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="Measure this model's expert shape. Repeatable.")
+    ] = None,
+    accelerator: Annotated[DeviceOption, typer.Option(help="The accelerator to measure.")] = DeviceOption.auto,
+    name: Annotated[str | None, typer.Option(help="The machine's name in plans; default: the file's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine."""
+    day = datetime.datetime.now(datetime.timezone.utc).date()
+    source = f"{_command_line()}, {day}"
+    with _progress() as progress:
+        calibration = pipeline.calibrate(
+            output,
+            quick=quick,
+            accelerator=accelerator.value,
+            models=model or [],
+            name=name,
+            source=source,
+            progress=progress,
+        )
+    if as_json:
+        _print_json({"hardware": str(output), "limits": dataclasses.asdict(calibration.limits)})
+        return
+    limits, machine = calibration.limits, calibration.machine
+    out.print(f"machine      {machine.cpu}, {machine.cores} cores, {', '.join(machine.isa)}")
+    cpu = f"{limits.cpu_read_gbps:.1f} GB/s, {limits.cpu_peak_gflops:.0f} GFLOP/s"
+    out.print(f"CPU lane     {limits.cpu_threads} threads: {cpu}")
+    if machine.accelerator.kind != "none":
+        out.print(
+            f"accelerator  {machine.accelerator.name} ({machine.accelerator.kind}): "
+            f"{limits.gpu_peak_gflops:.0f} GFLOP/s, {limits.host_to_device_gbps:.1f} GB/s to it"
+        )
+    out.print(f"written      {output} ({len(calibration.samples)} samples)")
+
+
+@app.command()
+def trace(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory (or name, for counts).")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Trace file to write.")],
+    text: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="UTF-8 text. Repeatable.")] = None,
+    from_counts: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="Import published expert counts instead.")
+    ] = None,
+    sequence_tokens: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 256,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of these, tokens counted as prefill.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences run together.")] = 4,
+    generate_tokens: Annotated[int, typer.Option(min=0, help="Also let the model write this many.")] = 0,
+    beams: Annotated[int, typer.Option(min=1, help="Beams while it writes; counted once.")] = 1,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after this much text.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Record which experts text chooses."""
+    if (from_counts is None) == (not text):
+        raise FiddlerError(
+            "a trace comes from text or from counts",
+            found="both" if text else "neither",
+            expected="--text FILE or --from-counts JSON",
+        )
+    if from_counts is not None:
+        result = pipeline.import_counts(model, from_counts, output)
+    else:
+        with _progress() as progress:
+            result = pipeline.record_trace(
+                model,
+                text or [],
+                output,
+                sequence_tokens=sequence_tokens,
+                prompt_tokens=prompt_tokens,
+                batch=batch,
+                generate_tokens=generate_tokens,
+                num_beams=beams,
+                max_tokens=max_tokens,
+                progress=progress,
+            )
+    prefill, decode = (int(n) for n in result.counts.sum(axis=(1, 2)))
+    if as_json:
+        _print_json(
+            {"trace": str(output), "model": result.model_name, "prefill_choices": prefill, "decode_choices": decode}
+        )
+        return
+    skew = (result.counts.sum(axis=0).max(axis=1) / result.counts.sum(axis=0).mean(axis=1)).tolist()
+    out.print(f"trace    {output}")
+    out.print(f"choices  {prefill} in prefill, {decode} in decode")
+    out.print(f"skew     most popular expert over the mean, by layer: {' '.join(f'{s:.2f}' for s in skew)}")
+
+
+@app.command()
+def inspect(plan: PlanPath, as_json: Json = False) -> None:
+    """Say what a plan holds, without loading it."""
+    value = pipeline.inspect_plan(plan)
+    if as_json:
+        _print_json(value)
+        return
+    model, hardware, options, placed = value["model"], value["hardware"], value["options"], value["placement"]
+    machine = hardware["machine"]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("format", f"{value['format_major']}.{value['format_minor']}, ABI {value['abi']}")
+    table.add_row(
+        "model",
+        f"{model['name']} ({model['architecture']}): hidden {model['hidden_size']}, intermediate "
+        f"{model['intermediate_size']}, {model['num_experts']} experts, top-{model['top_k']}, "
+        f"{len(model['moe_layers'])} MoE layers",
+    )
+    table.add_row("machine", f"{hardware['name']}: {machine['cpu']}, {machine['cores']} cores")
+    table.add_row("", f"{machine['accelerator']['name']} ({machine['accelerator']['kind']})")
+    table.add_row("provenance", f"{hardware['provenance']}: {hardware['source']}")
+    table.add_row("objective", f"{options['objective']}, context {options['context']}, batch {options['batch']}")
+    for item in value["memory"]:
+        table.add_row("memory", f"{format_bytes(item['bytes']):>10}  {item['item']}")
+    table.add_row(
+        "placement",
+        f"{placed['resident_experts']} of {placed['total_experts']} experts, hit rate {placed['hit_rate']:.1%} "
+        f"(random {placed['random_hit_rate']:.1%}); {placed['basis']}",
+    )
+    streams = value["tables"]["decode_streams"]
+    table.add_row("decode", ", ".join(f"{m} misses: stream {s}" for m, s in enumerate(streams) if m))
+    for curve in value["latency"]:
+        error = f"held-out error {curve['heldout_median_error']:.1%}" if curve["samples"] else "not measured"
+        table.add_row("latency", f"{curve['quantity']}: {curve['model']}, {error}")
+    for variant in value["kernels"]["variants"]:
+        table.add_row("kernel", variant["symbol"])
+    for line in value["assumptions"]:
+        table.add_row("assumption", line)
+    table.add_row("digest", value["digest"])
+    out.print(table)
+
+
+@app.command()
+def verify(
+    plan: PlanPath,
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="Also check that this is the plan's model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a plan, and whether it suits this machine."""
+    checked, mismatches = pipeline.verify_plan(plan, model)
+    if as_json:
+        _print_json({"plan": str(plan), "digest": checked.header.digest, "mismatches": list(mismatches)})
+        return
+    for line in mismatches:
+        err.print(f"[yellow]warning:[/] {line}")
+    out.print(f"{plan}: intact, {len(checked.header.files)} files, runs on this machine")
+
+
+@app.command()
+def run(
+    plan: PlanPath,
+    model: ModelDir,
+    prompt: Annotated[str, typer.Option(help="The text to continue; '-' reads it from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
+    beams: Annotated[int, typer.Option(min=1, help="Beam search with this many beams.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sample at this temperature; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
+    device: Device = DeviceOption.auto,
+    isa: Isa = None,
+    threads: Threads = None,
+    strategies: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Permit only these of resident,streamed,cpu.")
+    ] = None,
+    trust_binaries: TrustBinaries = False,
+    as_json: Json = False,
+) -> None:
+    """Generate text through a plan."""
+    request = pipeline.execution.RunRequest(
+        model_dir=model,
+        prompt=sys.stdin.read() if prompt == "-" else prompt,
+        max_new_tokens=max_new_tokens,
+        beams=beams,
+        temperature=temperature,
+        seed=seed,
+        device=device.value,
+        isa=isa,
+        threads=threads,
+        strategies=None if strategies is None else parse_isas(strategies),
+        trust_binaries=trust_binaries,
+    )
+    with _progress() as progress:
+        result = pipeline.run(plan, request, on_text=_write_now if stream and not as_json else None, progress=progress)
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+        return
+    print("" if stream else result.text)
+    timing, calls = result.timing, result.counters["expert_calls"]
+    err.print(
+        f"[dim]{timing.prompt_tokens} prompt tokens, TTFT {timing.ttft_s * 1e3:.1f} ms; "
+        f"{timing.new_tokens} new tokens, {timing.decode_tokens_per_s:.1f} tokens/s[/]"
+    )
+    err.print(f"[dim]expert calls: {_shares(calls)}[/]")
+    err.print(f"[dim]kernel {result.engine['isa']}, {result.engine['threads']} threads, {result.engine['device']}[/]")
+
+
+@app.command()
+def bench(
+    plan: PlanPath,
+    model: ModelDir,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Real text to cut prompts from.")] = None,
+    scenarios: Annotated[
+        str, typer.Option(metavar="LIST", help="Which of decode,prefill,beam to measure.")
+    ] = "decode,prefill,beam",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt of decode and beam.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens written in decode and beam.")] = 64,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Prompt of prefill.")] = 512,
+    beams: Annotated[int, typer.Option(min=2, help="Beams of beam.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved repetitions.")] = 5,
+    device: Device = DeviceOption.auto,
+    isa: Isa = None,
+    threads: Threads = None,
+    trust_binaries: TrustBinaries = False,
+    as_json: Json = False,
+) -> None:
+    """Compare a plan with transformers' own implementation, in one process."""
+    request = pipeline.execution.BenchRequest(
+        model_dir=model,
+        text=text,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        prefill_tokens=prefill_tokens,
+        beams=beams,
+        rounds=rounds,
+        scenarios=parse_isas(scenarios),
+        device=device.value,
+        isa=isa,
+        threads=threads,
+        trust_binaries=trust_binaries,
+    )
+    with _progress() as progress:
+        result = pipeline.bench(plan, request, progress=progress)
+    if as_json:
+        _print_json({**dataclasses.asdict(result), "command": _command_line()})
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("scenario", "fiddler tok/s", "transformers tok/s", "ratio (low-high)", "expert calls"):
+        table.add_column(heading, justify="left" if heading in ("scenario", "expert calls") else "right")
+    for s in result.scenarios:
+        table.add_row(
+            f"{s.name}: {s.setting}",
+            f"{s.ours_tokens_per_s:.1f}",
+            f"{s.transformers_tokens_per_s:.1f}",
+            f"{s.ratio_median:.2f} ({s.ratio_low:.2f}-{s.ratio_high:.2f})",
+            _shares(s.expert_calls),
+        )
+    out.print(table)
+    machine = result.machine
+    out.print(
+        f"{machine.cpu}, {machine.cores} cores; kernel {result.engine['isa']}, device {result.engine['device']}; "
+        f"{result.rounds} interleaved rounds after a warm-up"
+    )
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has, what is missing, and the command that mends it."""
+    checks = pipeline.doctor()
+    if as_json:
+        _print_json([dataclasses.asdict(check) for check in checks])
+    else:
+        marks = {"ok": "[green]ok     [/]", "missing": "[red]missing[/]", "note": "[yellow]note   [/]"}
+        for check in checks:
+            out.print(f"{marks[check.status]} {check.name:12} {check.detail}")
+            if check.hint and check.status != "ok":
+                out.print(f"                     hint: {check.hint}")
+    if any(check.status == "missing" for check in checks):
+        raise typer.Exit(1)
+
+
+def run_command_line(arguments: Sequence[str]) -> int:
+    """Runs `fiddlerc ARGUMENTS`; returns the exit status: 0, 1 error, 2 wrong usage, 130 interrupted, 141 broken pipe."""
+    warnings.showwarning = _show_warning
+    warnings.simplefilter("always", FiddlerWarning)
+    try:
+        status = typer.main.get_command(app).main(args=list(arguments), prog_name="fiddlerc", standalone_mode=False)
+        return int(status or 0)
+    except FiddlerError as error:
+        err.print(f"[red]error:[/] {_escape(error.line)}")
+        if error.hint:
+            err.print(f"[cyan]hint:[/] {_escape(error.hint)}")
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("interrupted")
+        return 130
+    except typer.Exit as stop:
+        return stop.exit_code
+    except BrokenPipeError:
+        return 141
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if usage is None:
+            raise
+        err.print(f"[red]error:[/] {_escape(usage())}")
+        context = getattr(error, "ctx", None)
+        err.print(f"[cyan]hint:[/] {context.command_path if context else 'fiddlerc'} --help")
+        return 2
+
+
+def format_bytes(count: int) -> str:
+    """1536 -> '1.5 KiB'."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def _shares(calls: dict[str, int]) -> str:
+    total = sum(calls.values()) or 1
+    return ", ".join(f"{name} {count} ({count / total:.0%})" for name, count in calls.items())
+
+
+def _write_now(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True, default=str))
+
+
+def _command_line() -> str:
+    return shlex.join(["fiddlerc", *sys.argv[1:]])
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    if issubclass(category, FiddlerWarning):
+        err.print(f"[yellow]warning:[/] {_escape(str(message))}")
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A callback (label, done, total) that draws one bar per label on stderr, gone when finished."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done, total=total)
+
+        yield update

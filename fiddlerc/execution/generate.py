@@ -1,0 +1,120 @@
+"""`fiddlerc run`: text through a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fiddler_runtime.errors import FiddlerError
+
+from .clock import StepClock, Timing
+from .loading import Progress, load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What `fiddlerc run` was asked. temperature 0 is greedy."""
+
+    model_dir: Path
+    prompt: str
+    max_new_tokens: int = 64
+    beams: int = 1
+    temperature: float = 0.0
+    seed: int = 0
+    device: str = "auto"
+    isa: str | None = None
+    threads: int | None = None
+    strategies: tuple[str, ...] | None = None
+    trust_binaries: bool = False
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The generated continuation, its timing, what each strategy did, and what ran it."""
+
+    text: str
+    timing: Timing
+    counters: dict[str, Any]
+    engine: dict[str, Any]
+
+
+def run(
+    plan: Path,
+    request: RunRequest,
+    *,
+    on_text: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Generates once. `on_text` receives the continuation piece by piece (not with beams, whose text is only final)."""
+    import torch
+    from transformers import set_seed
+
+    if on_text is not None and request.beams > 1:
+        raise FiddlerError(
+            "beams cannot be streamed: the best one is known only at the end",
+            found=f"--stream with --beams {request.beams}",
+            hint="leave out --stream",
+        )
+    tokenizer = load_tokenizer(request.model_dir)
+    inputs = tokenizer(request.prompt, return_tensors="pt", return_token_type_ids=False)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    if prompt_tokens == 0:
+        raise FiddlerError("the prompt is empty", found="no tokens", hint="--prompt 'Some text'")
+    model = load_model(
+        plan,
+        request.model_dir,
+        device=request.device,
+        isa=request.isa,
+        threads=request.threads,
+        strategies=request.strategies,
+        trust_binaries=request.trust_binaries,
+        progress=progress,
+    )
+    try:
+        limit = model.config.max_position_embeddings
+        if prompt_tokens + request.max_new_tokens > limit:
+            raise FiddlerError(
+                "prompt and answer do not fit the model's context",
+                found=f"{prompt_tokens} + {request.max_new_tokens} tokens",
+                expected=f"at most {limit}",
+                hint=f"--max-new-tokens {max(1, limit - prompt_tokens)}",
+            )
+        if request.temperature > 0:
+            set_seed(request.seed)
+        clock = StepClock()
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs.to(model.device),
+                max_new_tokens=request.max_new_tokens,
+                num_beams=request.beams,
+                do_sample=request.temperature > 0,
+                temperature=request.temperature or None,
+                pad_token_id=_pad_token(tokenizer),
+                logits_processor=[clock],
+                streamer=None if on_text is None else _streamer(tokenizer, on_text),
+            )
+        timing = clock.timing(prompt_tokens)
+        text = tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True)
+        return RunResult(text, timing, model.fiddler.counters(), model.fiddler.describe())
+    finally:
+        model.fiddler.close()
+
+
+def _pad_token(tokenizer: Any) -> int:
+    """transformers warns without one; for a single unpadded prompt any id will do."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

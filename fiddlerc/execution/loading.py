@@ -1,0 +1,61 @@
+"""Opening a plan together with its model directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fiddler_runtime
+from fiddler_runtime import checkpoint
+from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.plan import Plan
+
+Progress = Callable[[str, int, int], None]
+
+
+def check_model(plan: Plan, model_dir: Path) -> None:
+    """Raises FiddlerError if the model in the directory is not the one the plan was compiled for."""
+    checkpoint.check_identity(plan.header.model, model_dir)
+
+
+def load_tokenizer(model_dir: Path) -> Any:
+    """The directory's tokenizer. Raises FiddlerError if it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise FiddlerError(
+            f"cannot load a tokenizer from {model_dir}",
+            found=str(error).strip().splitlines()[0],
+            expected="tokenizer.json and tokenizer_config.json beside config.json",
+        ) from None
+
+
+def load_model(
+    path: Path,
+    model_dir: Path,
+    *,
+    device: str,
+    isa: str | None,
+    threads: int | None,
+    strategies: tuple[str, ...] | None,
+    trust_binaries: bool,
+    progress: Progress | None,
+) -> Any:
+    """A transformers model whose experts run through the plan; `.fiddler` is its engine."""
+    from fiddler_runtime import hf
+
+    plan = fiddler_runtime.load_plan(path, trust_binaries=trust_binaries)
+    return hf.load(model_dir, plan, device=device, isa=isa, threads=threads, strategies=strategies, progress=progress)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file. Raises FiddlerError if it cannot be read as such."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FiddlerError(f"cannot read the text file {path}", found=error.strerror) from None
+    except UnicodeDecodeError:
+        raise FiddlerError(f"cannot read the text file {path}", found="bytes that are not UTF-8") from None
