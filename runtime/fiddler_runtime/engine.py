@@ -1,0 +1,248 @@
+"""The engine: one MoE layer = decision, three lanes at once, one sum."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import strategies as rules
+from .counters import PHASES, Counters, Phase
+from .dispatch import Dispatcher
+from .errors import FiddlerError
+from .lanes.accelerator import AcceleratorLanes
+from .lanes.device import Device, open_device
+from .lanes.routing import CPU, RESIDENT, STREAMED, route
+from .lanes.streamed import StreamedLane
+from .loading import load_plan, open_library
+from .machine import usable_cores
+from .plan import Plan
+from .store import place
+from .strategies import DeviceChoice
+from .weights import ExpertWeights
+
+Progress = Callable[[str, int, int], None]
+
+
+class Engine:
+    """Runs the routed experts of a model through a plan.
+
+    plan        a plan from `load_plan`, or its path
+    weights     where the expert weights come from; they are read once, here
+    device      the accelerator: auto is the kind the plan was compiled for (a plan for a GPU without one: none)
+    isa         the kernel variant; default the best that this CPU runs
+    threads     of the CPU lane, the caller included; default all usable cores, less one for a simulated accelerator
+    strategies  a subset of ("resident", "streamed", "cpu") to choose from; weights are placed accordingly. Default all,
+                and with device none ("cpu",)
+    progress    called with (label, done, total) while kernels are built and weights are loaded
+
+    One thread at a time runs `moe`; others wait. An engine does not survive fork: make it in the child.
+    Raises FiddlerError for a plan that cannot run here, weights of another model, and too little memory.
+    """
+
+    def __init__(
+        self,
+        plan: Plan | str | Path,
+        weights: ExpertWeights,
+        *,
+        device: DeviceChoice = "auto",
+        isa: str | None = None,
+        threads: int | None = None,
+        strategies: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.plan = plan if isinstance(plan, Plan) else load_plan(plan)
+        self.spec = self.plan.header.model
+        self._closed = False
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._phase: Phase = "decode"
+        self._counters = Counters()
+        self._rows = {layer: row for row, layer in enumerate(self.spec.moe_layers)}
+
+        permitted = rules.permit(strategies, device)
+        kind = rules.choose_device(self.plan, device, permitted, gpu=torch.cuda.is_available())
+        self.strategies = ("cpu",) if kind == "none" else permitted or rules.ALL
+        resident = rules.placement(self.plan, self.strategies)
+
+        self._library = open_library(self.plan, progress=progress)
+        self._device = open_device(kind)
+        try:
+            self._kernels = self._library.open(isa, _cpu_threads(threads, self._device))
+            try:
+                self._store = place(self.spec, resident, weights, self._kernels, self._device, progress=progress)
+            except BaseException:
+                self._kernels.close()
+                raise
+        except BaseException:
+            self._device.close()
+            raise
+        # The tables as they apply here: where the weights are decides, not where the plan would have put them.
+        tables = dataclasses.replace(self.plan.tables, resident=resident.astype(np.uint8))
+        self._dispatcher = Dispatcher(self._library, tables, self.spec.num_experts, allow=self.strategies)
+        self._lanes = AcceleratorLanes(self._device, self._store, self._streamed_lane(resident))
+        self._description = self._describe()
+
+    def _streamed_lane(self, resident: Any) -> StreamedLane | None:
+        if "streamed" not in self.strategies or resident.all():
+            return None
+        spec = self.spec
+        return StreamedLane(self._device, spec.hidden_size, spec.intermediate_size, self._library.packed_bytes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where a model's other layers best live: the GPU, or the CPU."""
+        return self._device.torch_device
+
+    @torch.no_grad()
+    def moe(self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """The routed experts of one layer: sum over a token's k choices of weight * expert(token).
+
+        layer         the decoder layer's index (one of spec.moe_layers)
+        hidden        [T, H], any floating dtype (computed in bf16, summed in fp32), any device; T may be 0
+        topk_ids      integer [T, k]; ids outside [0, E) are skipped
+        topk_weights  floating [T, k]
+        Returns [T, H] in hidden's dtype, on its device. No gradient flows through it.
+        Raises FiddlerError for an unknown layer or wrong shapes, and after `close` or fork.
+        """
+        row = self._check(layer, hidden, topk_ids, topk_weights)
+        if hidden.shape[0] == 0:
+            return torch.empty_like(hidden)
+        with self._lock:
+            if self._closed:
+                raise FiddlerError("the engine is closed", found="a call of moe() after close()")
+            out = self._run(row, hidden, topk_ids, topk_weights)
+        return out.to(device=hidden.device, dtype=hidden.dtype)
+
+    def _check(self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> int:
+        row = self._rows.get(layer)
+        if row is None:
+            raise FiddlerError(
+                "no such MoE layer", found=layer, expected=f"one of {list(self.spec.moe_layers)} of {self.spec.name}"
+            )
+        if hidden.dim() != 2 or hidden.shape[1] != self.spec.hidden_size:
+            raise FiddlerError(
+                "wrong shape of hidden", found=list(hidden.shape), expected=f"[tokens, {self.spec.hidden_size}]"
+            )
+        expected = (hidden.shape[0], self.spec.top_k)
+        for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+            if tensor.shape != expected:
+                raise FiddlerError(f"wrong shape of {name}", found=list(tensor.shape), expected=list(expected))
+        if not hidden.is_floating_point() or not topk_weights.is_floating_point() or topk_ids.is_floating_point():
+            raise FiddlerError(
+                "wrong dtypes",
+                found=f"hidden {hidden.dtype}, topk_ids {topk_ids.dtype}, topk_weights {topk_weights.dtype}",
+                expected="floating hidden and topk_weights, integer topk_ids",
+            )
+        if os.getpid() != self._process:
+            raise FiddlerError(
+                "the engine was made in another process and does not survive fork",
+                found=f"process {os.getpid()}",
+                expected=f"process {self._process}",
+                hint="make the Engine in the process that uses it",
+            )
+        return row
+
+    def _run(self, row: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """One layer; returns fp32 [T, H] on whichever side computed last."""
+        started = time.perf_counter_ns()
+        ids = topk_ids.to(device="cpu", dtype=torch.int64).contiguous()
+        weights = topk_weights.to(device="cpu", dtype=torch.float32).contiguous()
+        strategy = self._dispatcher.decide(row, ids)
+        calls = np.bincount(strategy, minlength=4)
+        self._counters.add(self._phase, calls, strategy, self._dispatcher.counts, self._dispatcher.lane_us)
+
+        # No hand-off to the accelerator's thread without work for it, no kernel call without work for the CPU.
+        future = None
+        if calls[RESIDENT] or calls[STREAMED]:
+            routing = route(ids, weights, self._dispatcher.counts, strategy, self._device.torch_device)
+            there = hidden.to(device=self._device.torch_device, dtype=torch.bfloat16)
+            future = self._lanes.submit(row, there, routing)
+        cpu_us = accelerator_us = 0.0
+        out: torch.Tensor | None = None
+        try:
+            if calls[CPU] or future is None:
+                here = hidden.to(device="cpu", dtype=torch.bfloat16).contiguous()
+                out = torch.empty(here.shape, dtype=torch.float32)
+                before = time.perf_counter_ns()
+                self._kernels.moe(here, ids, weights, self._store.pointers[row], out, strategy)
+                cpu_us = (time.perf_counter_ns() - before) / 1e3
+        finally:
+            # Also after an error: the queue must be done with this call's tensors.
+            if future is not None:
+                theirs, accelerator_us = self._lanes.join(future)
+        if future is not None:
+            out = theirs if out is None else theirs.add_(out.to(theirs.device))
+        assert out is not None
+        self._counters.add_time(cpu_us, accelerator_us, (time.perf_counter_ns() - started) / 1e3)
+        return out
+
+    def set_phase(self, phase: Phase) -> None:
+        """Under which phase the coming layers are counted. `hf.load` sets it by itself; the default is decode."""
+        if phase not in PHASES:
+            raise FiddlerError("unknown phase", found=repr(phase), expected=" or ".join(PHASES))
+        self._phase = phase
+
+    def counters(self) -> dict[str, Any]:
+        """What was done since the last reset: see `Counters.snapshot`."""
+        return self._counters.snapshot()
+
+    def reset_counters(self) -> None:
+        """Sets every counter to zero."""
+        self._counters.reset()
+
+    def describe(self) -> dict[str, Any]:
+        """What runs where: plain values, for people and logs. Also after `close`."""
+        return dict(self._description)
+
+    def _describe(self) -> dict[str, Any]:
+        symbols = {variant.isa: variant.symbol for variant in self.plan.header.kernels.variants}
+        return {
+            "plan": self.plan.path.name,
+            "model": self.spec.name,
+            "device": self._device.kind,
+            "torch_device": str(self._device.torch_device),
+            "strategies": list(self.strategies),
+            "isa": self._kernels.isa,
+            "kernel": symbols[self._kernels.isa],
+            "threads": self._kernels.threads,
+            "library": str(self._library.path),
+            "resident_experts": sum(len(row) for row in self._store.resident),
+            "total_experts": len(self._rows) * self.spec.num_experts,
+            "resident_bytes": self._store.resident_bytes,
+            "arena_bytes": self._store.arena_bytes,
+        }
+
+    def close(self) -> None:
+        """Waits for the call in progress, ends the threads and lets the weights go. Calling it again does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._device.close()
+            self._store.close()
+            self._kernels.close()
+            del self._lanes, self._dispatcher, self._store
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _cpu_threads(asked: int | None, device: Device) -> int:
+    """Threads of the CPU lane. A simulated accelerator is one core, which the CPU lane then leaves alone."""
+    cores = usable_cores()
+    if asked is None:
+        return max(1, cores - 1) if device.kind == "simulated" else cores
+    if asked < 1:
+        raise FiddlerError("wrong number of threads", found=asked, expected=f"1 to {cores}, the usable cores")
+    return asked

@@ -1,0 +1,200 @@
+"""Hugging Face models whose experts run through a plan. The only module that imports transformers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from . import strategies as rules
+from .engine import Engine
+from .errors import FiddlerError
+from .loading import load_plan, open_library
+from .plan import ModelSpec, Plan
+from .strategies import DeviceChoice
+from .weights import ExpertWeights
+
+Progress = Callable[[str, int, int], None]
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_EXPERT_KEYS = r"\.experts\.(gate_up_proj|down_proj)(_bias)?$"
+
+
+def load(
+    model_dir: str | Path,
+    plan: Plan | str | Path,
+    *,
+    device: DeviceChoice = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    strategies: Sequence[str] | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+    attn_implementation: str | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """An ordinary transformers model: generate() greedy, sampling, streaming and with beams.
+
+    transformers reads everything but the routed experts, in `dtype`; those go from the shards to where the plan wants
+    them, in bf16. `model.fiddler` is the Engine: its counters, and `close()` when the model is no longer needed. The
+    other arguments are the Engine's. Raises FiddlerError, among others for a model that is not the plan's and for a
+    checkpoint that lacks a tensor.
+    """
+    transformers = _import_transformers()
+    model_dir = Path(model_dir)
+    if not isinstance(plan, Plan):
+        plan = load_plan(plan)
+    spec = plan.header.model
+    # What can fail fast comes first: the wrong model, half a checkpoint, wrong arguments, kernels that do not compile.
+    weights = ExpertWeights.load(model_dir)
+    weights.check(spec)
+    rules.permit(strategies, device)
+    open_library(plan, progress=progress)
+
+    # Before the experts: while it loads, transformers holds some tensors twice.
+    model = _load_without_experts(transformers, model_dir, spec, dtype, attn_implementation)
+    engine = Engine(plan, weights, device=device, isa=isa, threads=threads, strategies=strategies, progress=progress)
+    model.to(engine.device)
+    for module in model.modules():
+        if isinstance(module, PlannedExperts):
+            module.engine = engine
+    model.register_forward_pre_hook(_note_phase, with_kwargs=True)
+    model.fiddler = engine
+    return model
+
+
+class PlannedExperts(nn.Module):
+    """Stands where a model's experts module stood: no parameters, one call of the engine."""
+
+    engine: Engine
+
+    def __init__(self, layer: int, num_experts: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_experts = num_experts
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states [T, H], top_k_index int64 [T, k], top_k_weights [T, k] -> [T, H], as transformers' own."""
+        return self.engine.moe(self.layer, hidden_states, top_k_index, top_k_weights)
+
+    def extra_repr(self) -> str:
+        return f"layer={self.layer}, experts={self.num_experts}"
+
+
+def _load_without_experts(
+    transformers: Any, model_dir: Path, spec: ModelSpec, dtype: torch.dtype, attn_implementation: str | None
+) -> Any:
+    base = getattr(transformers, spec.architecture, None)
+    if base is None:
+        raise FiddlerError(
+            f"this transformers does not know {spec.architecture}",
+            found=f"transformers {transformers.__version__}",
+            expected="a release that has it",
+            hint="pip install --upgrade transformers",
+        )
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _silenced(transformers):
+        model, info = _without_experts(base, spec).from_pretrained(
+            model_dir,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            # Reported in `info` like what is missing, so that both are told our way.
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    wrong = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if wrong:
+        raise FiddlerError(
+            f"the checkpoint {model_dir} lacks tensors, or has them in another shape",
+            found=f"{len(wrong)} such: {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}",
+            expected="every tensor of the model",
+            hint="download the model again",
+        )
+    return model
+
+
+def _without_experts(base: Any, spec: ModelSpec) -> Any:
+    """A subclass of the transformers class that has PlannedExperts for experts, and looks like it otherwise."""
+
+    class WithoutExperts(base):  # type: ignore[misc]
+        # The checkpoint has experts and the model does not: that is not worth a report.
+        _keys_to_ignore_on_load_unexpected = (*(base._keys_to_ignore_on_load_unexpected or ()), _EXPERT_KEYS)
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # Runs on the meta device: the experts that are made here and dropped take no memory.
+            super().__init__(*args, **kwargs)
+            _replace_experts(self, spec)
+
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+            raise FiddlerError(
+                "this model cannot be saved: its experts live in the plan's engine",
+                found="save_pretrained()",
+                expected="a copy of the model's own directory",
+            )
+
+    WithoutExperts.__name__ = base.__name__
+    WithoutExperts.__qualname__ = base.__qualname__
+    WithoutExperts.__module__ = base.__module__
+    return WithoutExperts
+
+
+def _replace_experts(model: nn.Module, spec: ModelSpec) -> None:
+    layers = []
+    # Those that transformers' experts registry decorates: they alone are called with (hidden, ids, weights).
+    for name, module in list(model.named_modules()):
+        match = _LAYER.search(f".{name}")
+        if not hasattr(module, "is_concatenated") or match is None:
+            continue
+        layers.append(int(match.group(1)))
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, PlannedExperts(layers[-1], spec.num_experts))
+    if tuple(sorted(layers)) != spec.moe_layers:
+        raise FiddlerError(
+            f"this transformers builds {spec.architecture} with other MoE layers than the plan has",
+            found=f"experts in layers {sorted(layers)}",
+            expected=f"layers {list(spec.moe_layers)}",
+            hint="pip install 'transformers>=5.20'",
+        )
+
+
+def _note_phase(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """More than one new position per sequence is counted as prefill."""
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds", args[0] if args else None)
+    if tokens is not None:
+        module.fiddler.set_phase("prefill" if tokens.shape[1] > 1 else "decode")
+
+
+@contextmanager
+def _silenced(transformers: Any) -> Iterator[None]:
+    """Without transformers' loading bar and report, which would speak of the experts; both are set back after."""
+    logging = transformers.utils.logging
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise FiddlerError(
+            "cannot import transformers",
+            found=str(error),
+            expected="transformers 5.20 or later",
+            hint="pip install 'fiddlerc[hf]'",
+        ) from None
+    return transformers

@@ -1,0 +1,68 @@
+"""Which strategies an engine may use, on which device, and where that puts the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, cast, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import FiddlerError
+from .machine import AcceleratorKind
+from .plan import Plan
+
+Strategy = Literal["resident", "streamed", "cpu"]
+DeviceChoice = Literal["auto", "cuda", "simulated", "none"]
+ALL: tuple[Strategy, ...] = get_args(Strategy)
+
+
+def choose_device(
+    plan: Plan, device: DeviceChoice, permitted: tuple[Strategy, ...] | None, *, gpu: bool
+) -> AcceleratorKind:
+    """The device kind to open. `gpu`: whether this machine has a GPU that torch can use.
+
+    auto is the kind the plan was compiled for; a plan for a GPU on a machine without one runs on the CPU alone.
+    Where only "cpu" is permitted no device is opened.
+    """
+    if permitted == ("cpu",):
+        return "none"
+    if device != "auto":
+        return device
+    kind = plan.header.hardware.machine.accelerator.kind
+    return "none" if kind == "cuda" and not gpu else kind
+
+
+def permit(strategies: Sequence[str] | None, device: DeviceChoice) -> tuple[Strategy, ...] | None:
+    """Checks the caller's restriction; None if there is none. The result is in the order of ALL.
+
+    Raises FiddlerError for unknown or no strategies, and for those that need a device where none was asked for.
+    """
+    if strategies is None:
+        return None
+    unknown = sorted(set(strategies) - set(ALL))
+    if unknown or not strategies:
+        raise FiddlerError(
+            "unknown strategies" if unknown else "no strategy is permitted",
+            found=", ".join(unknown) if unknown else "an empty list",
+            expected="one or more of " + ", ".join(ALL),
+        )
+    if device == "none" and "cpu" not in strategies:
+        raise FiddlerError(
+            "these strategies need an accelerator",
+            found=", ".join(strategies) + " with device none",
+            expected="device cuda or simulated, or the strategy cpu",
+            hint="--device simulated",
+        )
+    return cast(tuple[Strategy, ...], tuple(s for s in ALL if s in strategies))
+
+
+def placement(plan: Plan, permitted: tuple[Strategy, ...]) -> npt.NDArray[np.bool_]:
+    """Which experts to put on the accelerator, bool [layers, experts].
+
+    The plan's residents if "resident" is permitted; all if nothing else is; none if it is not.
+    """
+    planned = plan.tables.resident.astype(np.bool_)
+    if permitted == ("resident",):
+        return np.ones_like(planned)
+    return planned if "resident" in permitted else np.zeros_like(planned)
