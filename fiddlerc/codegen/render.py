@@ -1,0 +1,143 @@
+"""Renders the templates. The generated text is a function of the shape and the instruction sets, and of nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.machine import KNOWN_ISAS
+
+from ..ir import KernelSources, KernelSpec, KernelVariant
+from .names import format_name, format_symbol
+from .targets import TARGETS, Target
+
+_LARGEST = 1 << 20
+_VERBATIM = ("exports.map",)
+
+
+def generate(hidden_size: int, intermediate_size: int, isas: Sequence[str] | None = None) -> KernelSources:
+    """The sources of the kernel library of one expert shape: C++, its headers, CMakeLists.txt.
+
+    isas  instruction sets to include, of KNOWN_ISAS; None is all of them. "scalar" is always added, so that the library
+          runs everywhere.
+    Raises FiddlerError for sizes outside 1 .. 2^20 and for unknown instruction sets.
+    """
+    for what, size in (("hidden size", hidden_size), ("intermediate size", intermediate_size)):
+        if not 1 <= size <= _LARGEST:
+            raise FiddlerError(f"cannot generate kernels for this {what}", found=size, expected=f"1 to {_LARGEST}")
+    targets = [TARGETS[isa] for isa in _wanted(isas)]
+    spec = KernelSpec(
+        name=format_name(hidden_size, intermediate_size),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        variants=tuple(_variant(target, hidden_size, intermediate_size) for target in targets),
+    )
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_templates()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    variants = [
+        {
+            "isa": variant.isa,
+            "symbol": variant.symbol,
+            "check": target.check,
+            "element_bytes": target.element_bytes,
+            "flags": target.flags,
+        }
+        for target, variant in zip(targets, spec.variants, strict=True)
+    ]
+    files = {
+        "shape.hpp": environment.get_template("shape.hpp.j2").render(
+            hidden_size=hidden_size, intermediate_size=intermediate_size
+        ),
+        "library.cpp": environment.get_template("library.cpp.j2").render(
+            name=spec.name, variants=variants, description=_description(spec)
+        ),
+        "CMakeLists.txt": environment.get_template("CMakeLists.txt.j2").render(name=spec.name, variants=variants),
+    }
+    kernel = environment.get_template("kernel.cpp.j2")
+    for target, variant in zip(targets, spec.variants, strict=True):
+        files[f"{variant.symbol}.cpp"] = kernel.render(
+            symbol=variant.symbol,
+            flags=" ".join(target.flags),
+            header=target.header,
+            policy=target.policy,
+            tile_tokens=variant.tile_tokens,
+            tile_vectors=variant.tile_vectors,
+            narrow_tiles=target.narrow_tiles,
+            k_block=variant.k_block,
+        )
+    files.update(_headers(targets))
+    return KernelSources(spec=spec, files=dict(sorted(files.items())))
+
+
+def _wanted(isas: Sequence[str] | None) -> tuple[str, ...]:
+    """The instruction sets to generate, best first."""
+    if isas is None:
+        return KNOWN_ISAS
+    for isa in isas:
+        if isa not in TARGETS:
+            raise FiddlerError(
+                "unknown instruction set",
+                found=repr(isa),
+                expected="one of " + ", ".join(KNOWN_ISAS),
+                hint="fiddlerc doctor   (lists what this machine has)",
+            )
+    return tuple(isa for isa in KNOWN_ISAS if isa in isas or isa == "scalar")
+
+
+def _variant(target: Target, hidden_size: int, intermediate_size: int) -> KernelVariant:
+    return KernelVariant(
+        isa=target.isa,
+        symbol=format_symbol(hidden_size, intermediate_size, target.tile_tokens, target.tile_vectors, target.isa),
+        tile_tokens=target.tile_tokens,
+        tile_vectors=target.tile_vectors,
+        k_block=target.k_block,
+    )
+
+
+def _description(spec: KernelSpec) -> str:
+    """What fdl_describe() answers."""
+    return json.dumps(
+        {
+            "name": spec.name,
+            "hidden_size": spec.hidden_size,
+            "intermediate_size": spec.intermediate_size,
+            "isas": [variant.isa for variant in spec.variants],
+            "symbols": [variant.symbol for variant in spec.variants],
+        }
+    )
+
+
+def _headers(targets: Sequence[Target]) -> dict[str, str]:
+    """The headers as they are, without those of instruction sets that are not generated."""
+    unused = {target.header for target in TARGETS.values()} - {target.header for target in targets}
+    folder = _templates() / "include" / "fiddler"
+    files = {
+        f"include/fiddler/{path.name}": path.read_text(encoding="utf-8")
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".h", ".hpp") and path.name not in unused
+    }
+    files.update({name: (_templates() / name).read_text(encoding="utf-8") for name in _VERBATIM})
+    return files
+
+
+def _templates() -> Path:
+    """The templates folder: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "templates", package.parent / "templates"):
+        if (folder / "kernel.cpp.j2").is_file():
+            return folder
+    raise FiddlerError(
+        "the C++ templates are missing",
+        found=f"no templates folder in or beside {package}",
+        expected="a complete installation of fiddlerc",
+        hint="pip install --force-reinstall fiddlerc",
+    )

@@ -1,0 +1,378 @@
+"""A built kernel library: a thin wrapper of the C interface in templates/include/fiddler/abi.h.
+
+library = KernelLibrary(build_kernels(plan_dir / "kernels"), plan.header.kernels)
+with library.open() as kernels:
+    kernels.pack(gate, up, down, packed)
+    kernels.moe(hidden, topk_ids, topk_weights, make_pointers([packed]), out)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .errors import FiddlerError
+from .machine import missing_flags, usable_cores
+from .plan import ABI_VERSION, KernelSpec
+
+IDLE, RESIDENT, STREAMED, CPU = 0, 1, 2, 3
+"""Strategies, as enum fdl_strategy."""
+
+_OK = 0
+_ALIGNMENT = 64
+_SYMBOLS = (
+    "fdl_abi_version fdl_describe fdl_error_text fdl_packed_bytes fdl_isa_usable fdl_open fdl_close fdl_isa fdl_pack "
+    "fdl_unpack fdl_moe fdl_dispatch fdl_probe_read fdl_probe_peak"
+).split()
+
+
+class TablesStruct(ctypes.Structure):
+    """struct fdl_tables."""
+
+    _fields_ = (
+        ("cpu_us", c_void_p),
+        ("gpu_us", c_void_p),
+        ("length", c_int32),
+        ("cpu_overhead_us", c_float),
+        ("gpu_overhead_us", c_float),
+        ("stream_us", c_float),
+        ("contention", c_float),
+    )
+
+
+class _MoeCall(ctypes.Structure):
+    """struct fdl_moe_call."""
+
+    _fields_ = (
+        ("hidden", c_void_p),
+        ("hidden_stride", c_int64),
+        ("topk_ids", c_void_p),
+        ("topk_weights", c_void_p),
+        ("strategy", c_void_p),
+        ("experts", c_void_p),
+        ("out", c_void_p),
+        ("tokens", c_int64),
+        ("top_k", c_int32),
+        ("num_experts", c_int32),
+    )
+
+
+def make_pointers(experts: Sequence[int | None]) -> ctypes.Array[c_void_p]:
+    """The pointer array that `Kernels.moe` takes: addresses (data_ptr()) of packed experts, None where there is none."""
+    return (c_void_p * len(experts))(*experts)
+
+
+def empty_packed(packed_bytes: int, experts: int | None = None) -> torch.Tensor:
+    """Uninitialised packed weights at a 64-byte aligned address: bf16 [packed_bytes / 2], or [experts, ...]."""
+    count = packed_bytes // 2 * (1 if experts is None else experts)
+    raw = torch.empty(count + _ALIGNMENT // 2, dtype=torch.bfloat16)
+    start = -raw.data_ptr() % _ALIGNMENT // 2
+    packed = raw[start : start + count]
+    return packed if experts is None else packed.view(experts, packed_bytes // 2)
+
+
+class KernelLibrary:
+    """A loaded kernel library, checked against the plan's description of it.
+
+    isas          instruction sets built in, best first
+    packed_bytes  of one expert
+    Raises FiddlerError if the file is no such library, or one of another version, shape or layout.
+    """
+
+    def __init__(self, path: Path, spec: KernelSpec) -> None:
+        self.path = path
+        self.spec = spec
+        try:
+            self._native: Any = ctypes.CDLL(str(path))
+            for name in _SYMBOLS:
+                getattr(self._native, name)
+        except (OSError, AttributeError) as error:
+            raise FiddlerError(f"cannot load the kernel library {path.name}", found=str(error)) from None
+        _declare(self._native)
+        self._expect("its ABI version", self._native.fdl_abi_version(), ABI_VERSION)
+        about = json.loads(self._native.fdl_describe())
+        self._expect("its name", about["name"], spec.name)
+        self.packed_bytes: int = self._native.fdl_packed_bytes()
+        self._expect("its bytes per packed expert", self.packed_bytes, spec.packed_bytes)
+        self.isas: tuple[str, ...] = tuple(about["isas"])
+        self._expect("its instruction sets", self.isas, tuple(variant.isa for variant in spec.variants))
+
+    @property
+    def native(self) -> Any:
+        """The ctypes library with declared signatures."""
+        return self._native
+
+    def usable(self, isa: str) -> bool:
+        """Whether `isa` is built in and this CPU and operating system permit it."""
+        return bool(self._native.fdl_isa_usable(isa.encode()))
+
+    def open(self, isa: str | None = None, threads: int | None = None, *, cpus: Sequence[int] | None = None) -> Kernels:
+        """Starts a variant with its thread pool.
+
+        isa      None for the best usable one; it is never replaced by another
+        threads  counting the caller; None is one per usable core
+        cpus     pins worker i to cpus[i] (the caller, worker 0, is left alone); None pins nothing
+        Raises FiddlerError if the instruction set cannot be used here or a thread cannot be started.
+        """
+        if isa is not None and not self.usable(isa):
+            self._refuse(isa)
+        count = usable_cores() if threads is None else threads
+        if not 1 <= count <= 1024:
+            raise FiddlerError("cannot start the kernel's threads", found=count, expected="1 to 1024 threads")
+        pinned = None
+        if cpus is not None:
+            if len(cpus) != count:
+                raise FiddlerError(
+                    "cannot pin the kernel's threads", found=f"{len(cpus)} CPUs", expected=f"{count}, one per thread"
+                )
+            pinned = (c_int32 * count)(*cpus)
+        handle = c_void_p()
+        self.check(self._native.fdl_open(isa.encode() if isa else None, count, pinned, byref(handle)), "open kernels")
+        return Kernels(self, handle, count)
+
+    def check(self, status: int, what: str) -> None:
+        """Raises FiddlerError for a status of the C interface other than FDL_OK."""
+        if status != _OK:
+            text = self._native.fdl_error_text(status).decode()
+            raise FiddlerError(f"cannot {what} ({self.spec.name})", found=text)
+
+    def _refuse(self, isa: str) -> None:
+        if isa not in self.isas:
+            raise FiddlerError(
+                f"this plan's kernels were not compiled for {isa}",
+                found=", ".join(self.isas),
+                expected=isa,
+                hint=f"fiddlerc compile ... --isa {isa}",
+            )
+        missing = ", ".join(missing_flags(isa)) or "the operating system's permission"
+        raise FiddlerError(
+            f"this CPU cannot run {isa} kernels",
+            found=f"no {missing}",
+            expected=f"a CPU with {isa}",
+            hint="leave the instruction set to the runtime, which takes the best that runs here",
+        )
+
+    def _expect(self, what: str, found: object, expected: object) -> None:
+        if found != expected:
+            raise FiddlerError(
+                f"the kernel library {self.path.name} is not this plan's: {what} differs",
+                found=found,
+                expected=expected,
+                hint="build it from the plan's own sources: fiddlerc verify PLAN",
+            )
+
+
+class Kernels:
+    """One kernel variant and its thread pool. Calls from several threads are carried out one after another.
+
+    Every method raises FiddlerError if a tensor's dtype, shape or memory layout is not what its docstring says.
+    """
+
+    def __init__(self, library: KernelLibrary, handle: c_void_p, threads: int) -> None:
+        self.library = library
+        self.threads = threads
+        self._handle: c_void_p | None = handle
+        self._native = library.native
+        self._moe = library.native.fdl_moe
+        self._hidden_size = library.spec.hidden_size
+        self.isa: str = self._native.fdl_isa(handle).decode()
+
+    def pack(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, packed: torch.Tensor) -> None:
+        """Checkpoint order to the packed layout: bf16 gate, up [I, H] and down [H, I] to bf16 packed [packed_bytes / 2]."""
+        addresses = self._weights(gate, up, down, packed)
+        self.library.check(self._native.fdl_pack(self._open(), *addresses), "pack an expert")
+
+    def unpack(self, packed: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+        """The reverse of `pack`, exactly."""
+        a_gate, a_up, a_down, a_packed = self._weights(gate, up, down, packed)
+        self.library.check(self._native.fdl_unpack(self._open(), a_packed, a_gate, a_up, a_down), "unpack an expert")
+
+    def moe(
+        self,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        experts: ctypes.Array[c_void_p],
+        out: torch.Tensor,
+        strategy: npt.NDArray[np.uint8] | None = None,
+    ) -> None:
+        """The CPU share of one MoE layer: out[t] = sum over k of weight[t, k] * expert(id[t, k])(hidden[t]).
+
+        hidden        bf16 [tokens, H], last dimension contiguous
+        topk_ids      int64 [tokens, top_k]; ids outside 0 .. experts - 1 are skipped
+        topk_weights  float32 [tokens, top_k]
+        experts       `make_pointers` of the layer's packed experts
+        out           float32 [tokens, H], overwritten; rows without a computed expert are zero
+        strategy      uint8 [experts]: only experts marked CPU are computed; None computes all
+        """
+        tokens, top_k = topk_ids.shape
+        width = self._hidden_size
+        if (
+            hidden.dtype is not torch.bfloat16
+            or topk_ids.dtype is not torch.int64
+            or topk_weights.dtype is not torch.float32
+            or out.dtype is not torch.float32
+            or hidden.shape != (tokens, width)
+            or topk_weights.shape != (tokens, top_k)
+            or out.shape != (tokens, width)
+            or (tokens and width > 1 and hidden.stride(1) != 1)
+            or not (topk_ids.is_contiguous() and topk_weights.is_contiguous() and out.is_contiguous())
+            or not (hidden.is_cpu and topk_ids.is_cpu and topk_weights.is_cpu and out.is_cpu)
+        ):
+            self._explain(hidden, topk_ids, topk_weights, out)
+        strategy_address = None
+        if strategy is not None:
+            if strategy.dtype != np.uint8 or strategy.shape != (len(experts),) or not strategy.flags.c_contiguous:
+                raise FiddlerError(
+                    "wrong strategy for a MoE layer",
+                    found=f"{strategy.dtype} {strategy.shape}",
+                    expected=f"contiguous uint8 ({len(experts)},)",
+                )
+            strategy_address = strategy.ctypes.data
+        call = _MoeCall(
+            hidden.data_ptr(),
+            hidden.stride(0),
+            topk_ids.data_ptr(),
+            topk_weights.data_ptr(),
+            strategy_address,
+            ctypes.addressof(experts),
+            out.data_ptr(),
+            tokens,
+            top_k,
+            len(experts),
+        )
+        status = self._moe(self._open(), byref(call))
+        if status != _OK:
+            self.library.check(status, "run a MoE layer")
+
+    def read_gbps(self, data: torch.Tensor) -> float:
+        """GB/s of all threads reading `data` (contiguous, on the CPU, at least 64 bytes) once."""
+        if not data.is_contiguous() or not data.is_cpu or data.nbytes < _ALIGNMENT:
+            raise FiddlerError(
+                "wrong buffer to read", found=_shown(data), expected="contiguous, 64 bytes or more, on cpu"
+            )
+        result = c_double()
+        status = self._native.fdl_probe_read(self._open(), data.data_ptr(), data.nbytes, byref(result))
+        self.library.check(status, "measure the memory bandwidth")
+        return result.value
+
+    def peak_gflops(self, milliseconds: float = 20.0) -> float:
+        """GFLOP/s of all threads doing nothing but this variant's multiply instruction for that long."""
+        result = c_double()
+        status = self._native.fdl_probe_peak(self._open(), milliseconds, byref(result))
+        self.library.check(status, "measure the peak")
+        return result.value
+
+    def close(self) -> None:
+        """Stops the threads. Does nothing if already closed."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._native.fdl_close(handle)
+
+    def __enter__(self) -> Kernels:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # A constructor that raised has left no handle.
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+    def _open(self) -> c_void_p:
+        if self._handle is None:
+            raise FiddlerError("these kernels are closed", expected="a call before close()")
+        return self._handle
+
+    def _weights(
+        self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, packed: torch.Tensor
+    ) -> tuple[int, int, int, int]:
+        spec = self.library.spec
+        wide = (spec.intermediate_size, spec.hidden_size)
+        _expect_bf16("gate weights", gate, wide)
+        _expect_bf16("up weights", up, wide)
+        _expect_bf16("down weights", down, (spec.hidden_size, spec.intermediate_size))
+        _expect_bf16("packed expert", packed, (self.library.packed_bytes // 2,))
+        if packed.data_ptr() % _ALIGNMENT != 0:
+            raise FiddlerError(
+                "wrong packed expert",
+                found=f"an address {packed.data_ptr() % _ALIGNMENT} bytes past a multiple of {_ALIGNMENT}",
+                expected=f"{_ALIGNMENT}-byte alignment (fiddler_runtime.kernels.empty_packed)",
+            )
+        return gate.data_ptr(), up.data_ptr(), down.data_ptr(), packed.data_ptr()
+
+    def _explain(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
+        """Raises the FiddlerError of the first tensor of `moe` that is wrong."""
+        tokens, top_k = ids.shape
+        for name, tensor, dtype, shape in (
+            ("hidden states", hidden, torch.bfloat16, (tokens, self._hidden_size)),
+            ("top-k ids", ids, torch.int64, (tokens, top_k)),
+            ("top-k weights", weights, torch.float32, (tokens, top_k)),
+            ("output", out, torch.float32, (tokens, self._hidden_size)),
+        ):
+            strided = tensor is hidden and tensor.dim() == 2 and tensor.stride(1) == 1
+            if tensor.dtype is not dtype or tuple(tensor.shape) != shape or not (strided or tensor.is_contiguous()):
+                raise FiddlerError(
+                    f"wrong {name} for a MoE layer", found=_shown(tensor), expected=_wanted(dtype, shape)
+                )
+            if not tensor.is_cpu:
+                raise FiddlerError(f"wrong {name} for a MoE layer", found=str(tensor.device), expected="cpu")
+        raise FiddlerError("wrong hidden states for a MoE layer", found=_shown(hidden), expected="contiguous rows")
+
+
+def _expect_bf16(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if (
+        tensor.dtype is not torch.bfloat16
+        or tuple(tensor.shape) != shape
+        or not tensor.is_contiguous()
+        or not tensor.is_cpu
+    ):
+        raise FiddlerError(f"wrong {name}", found=_shown(tensor), expected=_wanted(torch.bfloat16, shape))
+
+
+def _shown(tensor: torch.Tensor) -> str:
+    layout = "contiguous" if tensor.is_contiguous() else f"strides {tuple(tensor.stride())}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {layout} on {tensor.device}"
+
+
+def _wanted(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)} contiguous on cpu"
+
+
+def _declare(native: Any) -> None:
+    """Argument and result types of the C interface."""
+    signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "fdl_abi_version": (c_int32, ()),
+        "fdl_describe": (c_char_p, ()),
+        "fdl_error_text": (c_char_p, (c_int32,)),
+        "fdl_packed_bytes": (c_int64, ()),
+        "fdl_isa_usable": (c_int32, (c_char_p,)),
+        "fdl_open": (c_int32, (c_char_p, c_int32, POINTER(c_int32), POINTER(c_void_p))),
+        "fdl_close": (None, (c_void_p,)),
+        "fdl_isa": (c_char_p, (c_void_p,)),
+        "fdl_pack": (c_int32, (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
+        "fdl_unpack": (c_int32, (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
+        "fdl_moe": (c_int32, (c_void_p, POINTER(_MoeCall))),
+        "fdl_dispatch": (
+            c_int32,
+            (POINTER(TablesStruct), c_void_p, c_int64, c_void_p, c_int32, c_void_p, c_void_p, c_void_p),
+        ),
+        "fdl_probe_read": (c_int32, (c_void_p, c_void_p, c_int64, POINTER(c_double))),
+        "fdl_probe_peak": (c_int32, (c_void_p, c_double, POINTER(c_double))),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(native, name)
+        function.restype = result
+        function.argtypes = arguments
