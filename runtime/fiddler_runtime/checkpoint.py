@@ -1,0 +1,243 @@
+"""A Hugging Face model directory: config.json, and tensors in one safetensors file or in shards with an index."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from . import strict
+from .errors import FiddlerError
+from .plan import ModelSpec
+from .safetensors_header import DOWNLOAD_AGAIN, TensorInfo, read_header
+
+__all__ = ["Checkpoint", "TensorInfo", "check_identity", "config_value", "has_weights", "read_config"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Families whose published config.json says num_experts get num_local_experts instead when transformers 5 saves them.
+_OTHER_SPELLING = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
+
+
+class Checkpoint:
+    """The tensors of a model directory. Opening reads headers only; `read_into` may be called from several threads."""
+
+    def __init__(self, model_dir: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self.model_dir = model_dir
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
+
+    @staticmethod
+    def open(model_dir: Path) -> Checkpoint:
+        """Reads and checks the header of every shard.
+
+        Raises FiddlerError: no such directory, no weights, a missing or truncated shard, an index that its shards
+        contradict, a header that breaks a rule of the format.
+        """
+        _check_directory(model_dir)
+        if (model_dir / SINGLE).exists():
+            return Checkpoint(
+                model_dir, read_header(model_dir / SINGLE, f"the checkpoint {model_dir / SINGLE}").tensors
+            )
+        if not (model_dir / INDEX).exists():
+            raise _no_weights(model_dir)
+        return Checkpoint(model_dir, _read_shards(model_dir))
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Reads a tensor straight into `out`'s memory: CPU, contiguous, of the stored shape and dtype.
+
+        Raises FiddlerError for a tensor that is not there, another shape or dtype, or a file that ends too early.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise FiddlerError(
+                f"the checkpoint {self.model_dir} is incomplete", found=f"no tensor {name}", hint=DOWNLOAD_AGAIN
+            )
+        if tuple(out.shape) != info.shape:
+            raise FiddlerError(f"the tensor {name} has another shape", found=list(info.shape), expected=list(out.shape))
+        if info.torch_dtype != out.dtype:
+            raise FiddlerError(f"the tensor {name} has another dtype", found=info.torch_dtype, expected=out.dtype)
+        if out.device.type != "cpu" or not out.is_contiguous():
+            raise ValueError("read_into needs a contiguous tensor on the CPU")
+        if info.nbytes == 0:
+            return
+        memory = memoryview(out.detach().view(-1).view(torch.uint8).numpy())
+        try:
+            # A descriptor of its own and pread: no shared file offset, nothing to close later.
+            descriptor = os.open(info.file, os.O_RDONLY)
+            try:
+                _read_exactly(descriptor, memory, info)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise FiddlerError(f"cannot read {info.file}", found=error.strerror or str(error)) from None
+
+    def check_experts(self, spec: ModelSpec) -> None:
+        """Raises FiddlerError unless every routed expert of `spec` is here, in the right shape and a float dtype.
+
+        A missing tensor is named together with how many are missing.
+        """
+        names = spec.expert_tensors
+        wide = (spec.intermediate_size, spec.hidden_size)
+        expected = {
+            pattern.format(layer=layer, expert=expert): shape
+            for layer in spec.moe_layers
+            for expert in range(spec.num_experts)
+            for pattern, shape in ((names.gate, wide), (names.up, wide), (names.down, wide[::-1]))
+        }
+        self.check_tensors(expected)
+
+    def check_tensors(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises FiddlerError unless tensors of these names, of these shapes and of a float dtype are here."""
+        missing = [name for name in expected if name not in self.tensors]
+        if missing:
+            raise FiddlerError(
+                f"the checkpoint {self.model_dir} is incomplete",
+                found=f"no tensor {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+                expected=f"all {len(expected)} that config.json announces",
+                hint="download the model again",
+            )
+        for name, shape in expected.items():
+            info = self.tensors[name]
+            if info.shape != shape:
+                raise FiddlerError(
+                    f"the checkpoint {self.model_dir} does not fit its config.json",
+                    found=f"{name} of shape {list(info.shape)}",
+                    expected=list(shape),
+                    hint="download the model again",
+                )
+            _ = info.torch_dtype  # raises for what is not plain floating weights
+
+
+def has_weights(model_dir: Path) -> bool:
+    """Whether the directory holds safetensors weights, or parts of them; without any it may still describe a model."""
+    return any(model_dir.glob("*.safetensors")) or (model_dir / INDEX).exists()
+
+
+def read_config(model_dir: Path) -> dict[str, Any]:
+    """config.json as a dict. It is Hugging Face's, so unknown keys are allowed.
+
+    Raises FiddlerError: no such directory, no config.json, not JSON.
+    """
+    _check_directory(model_dir)
+    path = model_dir / "config.json"
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FiddlerError(
+            f"{model_dir} is not a Hugging Face model directory",
+            found="no config.json",
+            expected="config.json beside the weights",
+            hint="download the whole model, e.g. hf download ORGANISATION/MODEL --local-dir DIR",
+        ) from None
+    except OSError as error:
+        raise FiddlerError(f"cannot read {path}", found=error.strerror or str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise FiddlerError(f"{path} is not valid JSON", found=str(error), hint=DOWNLOAD_AGAIN) from None
+    if not isinstance(value, dict):
+        raise FiddlerError(f"{path} is not a model's config", found=type(value).__name__, expected="an object")
+    return value
+
+
+def config_value(config: Mapping[str, Any], key: str) -> Any:
+    """config[key], or what stands under the key's other spelling, or None."""
+    if key not in config and key in _OTHER_SPELLING:
+        key = _OTHER_SPELLING[key]
+    return config.get(key)
+
+
+def check_identity(spec: ModelSpec, model_dir: Path) -> None:
+    """Raises FiddlerError unless the directory's config.json agrees with the plan's model, key by key."""
+    config = read_config(model_dir)
+    for key, expected in sorted(spec.identity.items()):
+        found = config_value(config, key)
+        if found != expected or isinstance(found, bool) != isinstance(expected, bool):
+            raise FiddlerError(
+                f"{model_dir} is not the plan's model ({spec.name})",
+                found=f"no {key}" if found is None else f"{key} = {found}",
+                expected=f"{key} = {expected}",
+                hint=f"give {spec.name}'s directory, or compile this model: fiddlerc compile {model_dir} --hw HW -o PLAN",
+            )
+
+
+def _check_directory(model_dir: Path) -> None:
+    if not model_dir.is_dir():
+        raise FiddlerError(
+            f"no such model directory: {model_dir}",
+            found="a file" if model_dir.exists() else "nothing",
+            expected="a Hugging Face model directory",
+        )
+
+
+def _no_weights(model_dir: Path) -> FiddlerError:
+    loose = sorted(path.name for path in model_dir.glob("*.safetensors"))
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in model_dir.glob(pattern))
+    if loose:
+        return FiddlerError(
+            f"the checkpoint {model_dir} is incomplete",
+            found=f"{len(loose)} safetensors files, but neither {SINGLE} nor {INDEX}",
+            expected=f"{INDEX}, which says what is in which shard",
+            hint="download the model again",
+        )
+    return FiddlerError(
+        f"no weights in {model_dir}",
+        found=f"{pickled[0]}, a pickle" if pickled else f"neither {SINGLE} nor {INDEX}",
+        expected="safetensors weights",
+        hint="download the model's safetensors, e.g. hf download ORGANISATION/MODEL --local-dir DIR",
+    )
+
+
+def _read_shards(model_dir: Path) -> dict[str, TensorInfo]:
+    what = f"the index {model_dir / INDEX}"
+    index = strict.load(model_dir / INDEX, what)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise FiddlerError(f"{what} is not valid", found="no usable weight_map", hint=DOWNLOAD_AGAIN)
+    tensors: dict[str, TensorInfo] = {}
+    shards = sorted(set(weight_map.values()))
+    for number, shard in enumerate(shards, start=1):
+        # The index comes with the model: it must not name files elsewhere.
+        if not shard or shard != Path(shard).name or "\0" in shard:
+            raise FiddlerError(f"{what} is not valid", found=f"the file {shard!r}", expected="names without folders")
+        if not (model_dir / shard).exists():
+            raise FiddlerError(
+                f"the checkpoint {model_dir} is incomplete",
+                found=f"no {shard}",
+                expected=f"{len(shards)} shards, of which this is number {number}",
+                hint="download the model again",
+            )
+        found = read_header(model_dir / shard, f"the shard {model_dir / shard}").tensors
+        for name in found:
+            if weight_map.get(name) != shard:
+                listed = f"it in {weight_map[name]}" if name in weight_map else "a tensor that the index lists"
+                raise _disagree(what, f"{name} in {shard}", listed)
+        tensors |= found
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise _disagree(what, f"no {name} in {shard}", "it there")
+    return tensors
+
+
+def _disagree(what: str, found: str, expected: str) -> FiddlerError:
+    return FiddlerError(
+        f"{what} and its shards disagree", found=found, expected=expected, hint="download the model again"
+    )
+
+
+def _read_exactly(descriptor: int, memory: memoryview, info: TensorInfo) -> None:
+    done = 0
+    # One call reads at most 2 GiB, and may read less.
+    while done < info.nbytes:
+        count = os.preadv(descriptor, [memory[done:]], info.offset + done)
+        if count == 0:
+            raise FiddlerError(
+                f"{info.file} was truncated while it was read",
+                found=f"{done} bytes of {info.name}",
+                expected=info.nbytes,
+                hint=DOWNLOAD_AGAIN,
+            )
+        done += count
