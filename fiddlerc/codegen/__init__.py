@@ -1,4 +1,4 @@
-"""Generates the C++ kernels of one expert shape: `generate` renders the templates for the instruction sets asked for."""
+"""Generates the C++ kernels of one expert shape: `generate` renders the templates for the chosen instruction sets."""
 
 from __future__ import annotations
 

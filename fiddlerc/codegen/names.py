@@ -1,4 +1,4 @@
-"""Names of kernels: fdl_bf16_moe_h4096_i14336 is a library, fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16 one variant of it.
+"""Names of kernels: fdl_bf16_moe_h4096_i14336 is a library, fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16 a variant of it.
 
 The same name is the symbol, the file, and what plans, benchmarks and golden files call the kernel.
 """
@@ -35,7 +35,7 @@ def format_symbol(hidden_size: int, intermediate_size: int, tile_tokens: int, ti
 
 
 def parse_symbol(symbol: str) -> tuple[int, int, int, int, str]:
-    """(hidden_size, intermediate_size, tile_tokens, tile_vectors, isa). Raises FiddlerError if it is not a variant's."""
+    """(hidden_size, intermediate_size, tile_tokens, tile_vectors, isa). Raises FiddlerError if it is no such name."""
     found = _SYMBOL.fullmatch(symbol)
     if found is None or found[5] not in _ISA_OF_SUFFIX:
         raise FiddlerError(

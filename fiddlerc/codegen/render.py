@@ -1,4 +1,4 @@
-"""Renders the templates. The generated text is a function of the shape and the instruction sets, and of nothing else."""
+"""Renders the templates. The generated text is a function of the shape and the instruction sets, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
+
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import KNOWN_ISAS
 

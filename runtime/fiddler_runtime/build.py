@@ -4,8 +4,8 @@
       kernels/<sources>-<compiler>/lib<name>.so, build.json    one build; build.json records the library's sha256
       kernels/<sources>-<compiler>.lock, .log                  the lock of that build; the log if it failed
 
-A build appears there complete, by one rename, or not at all. Environment: FIDDLER_CACHE moves the cache, CXX chooses the
-compiler.
+A build appears there complete, by one rename, or not at all.
+Environment: FIDDLER_CACHE moves the cache, CXX chooses the compiler.
 """
 
 from __future__ import annotations

@@ -29,10 +29,6 @@ IDLE, RESIDENT, STREAMED, CPU = 0, 1, 2, 3
 
 _OK = 0
 _ALIGNMENT = 64
-_SYMBOLS = (
-    "fdl_abi_version fdl_describe fdl_error_text fdl_packed_bytes fdl_isa_usable fdl_open fdl_close fdl_isa fdl_pack "
-    "fdl_unpack fdl_moe fdl_dispatch fdl_probe_read fdl_probe_peak"
-).split()
 
 
 class TablesStruct(ctypes.Structure):
@@ -67,7 +63,7 @@ class _MoeCall(ctypes.Structure):
 
 
 def make_pointers(experts: Sequence[int | None]) -> ctypes.Array[c_void_p]:
-    """The pointer array that `Kernels.moe` takes: addresses (data_ptr()) of packed experts, None where there is none."""
+    """The pointer array that `Kernels.moe` takes: addresses (data_ptr()) of packed experts, None where none is held."""
     return (c_void_p * len(experts))(*experts)
 
 
@@ -93,11 +89,9 @@ class KernelLibrary:
         self.spec = spec
         try:
             self._native: Any = ctypes.CDLL(str(path))
-            for name in _SYMBOLS:
-                getattr(self._native, name)
+            _declare(self._native)
         except (OSError, AttributeError) as error:
             raise FiddlerError(f"cannot load the kernel library {path.name}", found=str(error)) from None
-        _declare(self._native)
         self._expect("its ABI version", self._native.fdl_abi_version(), ABI_VERSION)
         about = json.loads(self._native.fdl_describe())
         self._expect("its name", about["name"], spec.name)
@@ -187,7 +181,7 @@ class Kernels:
         self.isa: str = self._native.fdl_isa(handle).decode()
 
     def pack(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, packed: torch.Tensor) -> None:
-        """Checkpoint order to the packed layout: bf16 gate, up [I, H] and down [H, I] to bf16 packed [packed_bytes / 2]."""
+        """Checkpoint order to packed: bf16 gate, up [I, H], down [H, I] to bf16 packed [packed_bytes / 2]."""
         addresses = self._weights(gate, up, down, packed)
         self.library.check(self._native.fdl_pack(self._open(), *addresses), "pack an expert")
 
@@ -352,7 +346,7 @@ def _wanted(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
 
 
 def _declare(native: Any) -> None:
-    """Argument and result types of the C interface."""
+    """Sets the argument and result types of the C interface. Raises AttributeError for a function that is missing."""
     signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "fdl_abi_version": (c_int32, ()),
         "fdl_describe": (c_char_p, ()),

@@ -1,0 +1,63 @@
+"""What all tests share: golden files, and a kernel build cache inside the checkout."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+Golden = Callable[[str, "str | bytes"], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write what the tests generate to tests/golden instead of comparing"
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """golden("kernels/x.cpp", text) compares with tests/golden/kernels/x.cpp; with --update-golden it writes the file."""
+    update = bool(request.config.getoption("--update-golden"))
+
+    def compare(name: str, content: str | bytes) -> None:
+        path = GOLDEN / name
+        data = content.encode() if isinstance(content, str) else content
+        if update:
+            if not path.exists() or path.read_bytes() != data:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            return
+        if not path.exists():
+            pytest.fail(f"no golden file {name}; `pytest --update-golden` writes it", pytrace=False)
+        expected = path.read_bytes()
+        if data != expected:
+            lines = difflib.unified_diff(
+                expected.decode(errors="replace").splitlines(),
+                data.decode(errors="replace").splitlines(),
+                f"tests/golden/{name}",
+                "generated now",
+                lineterm="",
+            )
+            pytest.fail("\n".join(["golden file differs (--update-golden accepts)", *lines]), pytrace=False)
+
+    return compare
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_cache() -> Iterator[Path]:
+    """Kernel builds of tests stay in build/test-cache: the user's cache is left alone, and a second run builds nothing."""
+    before = os.environ.get("FIDDLER_CACHE")
+    cache = ROOT / "build" / "test-cache"
+    os.environ["FIDDLER_CACHE"] = str(cache)
+    yield cache
+    if before is None:
+        del os.environ["FIDDLER_CACHE"]
+    else:
+        os.environ["FIDDLER_CACHE"] = before
