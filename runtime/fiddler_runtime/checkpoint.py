@@ -160,7 +160,7 @@ def check_identity(spec: ModelSpec, model_dir: Path) -> None:
                 f"{model_dir} is not the plan's model ({spec.name})",
                 found=f"no {key}" if found is None else f"{key} = {found}",
                 expected=f"{key} = {expected}",
-                hint=f"give {spec.name}'s directory, or compile this model: fiddlerc compile {model_dir} --hw HW -o PLAN",
+                hint=f"give {spec.name}'s directory, or compile this one: fiddlerc compile {model_dir} --hw HW -o PLAN",
             )
 
 

@@ -1,7 +1,7 @@
 """The header of a safetensors file, read strictly and without its data.
 
-A file is an 8-byte little-endian length, that many bytes of JSON, then the data. Nothing in the header is trusted: every
-rule of the format that a broken download or a hostile file may break has its own error.
+A file is an 8-byte little-endian length, that many bytes of JSON, then the data. Nothing in the header is trusted:
+every rule of the format that a broken download or a hostile file may break has its own error.
 """
 
 from __future__ import annotations
