@@ -14,9 +14,9 @@ export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
 
 # torch goes first: with it in place, no other requirement can pull in a different build of it.
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "error: Python $$($(PYTHON) -V 2>&1 | cut -d" " -f2) found, 3.10 or newer expected" >&2; \
-	    echo "hint: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python $$($(PYTHON) -V 2>&1 | cut -d" " -f2) found, 3.11 or newer expected" >&2; \
+	    echo "hint: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch
 	$(BIN)/pip install --quiet --editable '.[compiler,hf,dev]'

@@ -422,7 +422,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def run_command_line(arguments: Sequence[str]) -> int:
-    """Runs `fiddlerc ARGUMENTS`; returns the exit status: 0, 1 error, 2 wrong usage, 130 interrupted, 141 broken pipe."""
+    """Runs `fiddlerc ARGUMENTS`; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 if interrupted."""
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", FiddlerWarning)
     try:

@@ -1,0 +1,99 @@
+"""`fiddlerc compile` as its users meet it, on the demo model and on built-in names."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.plan import read_plan
+
+from fiddlerc import pipeline
+from fiddlerc.cli import run_command_line
+
+DEMO = Path(__file__).parents[2] / "examples" / "tiny-mixtral"
+
+
+def compile_demo(output: Path, **changes: object) -> pipeline.Compiled:
+    request = pipeline.CompileRequest(
+        **{"model": str(DEMO), "hardware": "a100.json", "output": output, "build": False, **changes}  # type: ignore[arg-type]
+    )
+    return pipeline.compile_plan(request)
+
+
+def same_tree(a: Path, b: Path) -> bool:
+    names = sorted(str(p.relative_to(a)) for p in a.rglob("*") if p.is_file())
+    if names != sorted(str(p.relative_to(b)) for p in b.rglob("*") if p.is_file()):
+        return False
+    match, _, _ = filecmp.cmpfiles(a, b, names, shallow=False)
+    return sorted(match) == names
+
+
+def test_two_compiles_are_byte_identical_and_a_moved_plan_is_the_same_plan(tmp_path: Path) -> None:
+    first = compile_demo(tmp_path / "a").plan
+    compile_demo(tmp_path / "b")
+    assert same_tree(tmp_path / "a", tmp_path / "b")
+    moved = tmp_path / "elsewhere" / "c"
+    shutil.copytree(tmp_path / "a", moved)
+    assert read_plan(moved).header == first.header
+    assert str(tmp_path).encode() not in b"".join(p.read_bytes() for p in moved.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "mixtral-8x22b", "phi-3.5-moe", "olmoe", "qwen3-30b-a3b"])
+def test_built_in_names_compile_without_weights(name: str, tmp_path: Path) -> None:
+    plan = compile_demo(tmp_path / "plan", model=name).plan
+    assert plan.header.placement.total_experts == plan.header.model.num_experts * len(plan.header.model.moe_layers)
+    assert any("uniform assumption" in line for line in plan.header.assumptions)
+    assert any("data sheet" in line for line in plan.header.assumptions)
+
+
+def test_the_first_pages_line_works_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command_line(["compile", "mixtral", "--hw", "a100.json", "--no-build"]) == 0
+    captured = capsys.readouterr()
+    assert "mixtral-8x7b-a100" in captured.out
+    assert "data sheet" in captured.out + captured.err
+    assert read_plan(tmp_path / "mixtral-8x7b-a100").header.hardware.provenance == "data sheet"
+
+
+def test_dump_dir_holds_every_stage_in_order(tmp_path: Path) -> None:
+    compile_demo(tmp_path / "plan", dump_dir=tmp_path / "dump")
+    stages = sorted(p.name for p in (tmp_path / "dump").iterdir())
+    assert stages == [
+        "01-model.json",
+        "02-hardware.json",
+        "03-popularity.json",
+        "04-latency.json",
+        "05-memory.json",
+        "06-placement.json",
+        "07-tables.json",
+        "08-kernels",
+    ]
+    assert json.loads((tmp_path / "dump" / "01-model.json").read_text())["num_experts"] == 8
+
+
+def test_budget_below_the_non_expert_part(tmp_path: Path) -> None:
+    with pytest.raises(FiddlerError, match="GPU") as raised:
+        compile_demo(tmp_path / "plan", model="mixtral", gpu_memory_bytes=1 << 30)
+    assert raised.value.hint is not None
+    assert "--gpu-memory" in raised.value.hint
+    assert not (tmp_path / "plan").exists()
+
+
+def test_json_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compile", str(DEMO), "--hw", "a100", "--no-build", "-o", str(tmp_path / "plan"), "--json"]
+    assert run_command_line(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["plan"] == str(tmp_path / "plan")
+
+
+@pytest.mark.parametrize("tool", ["inspect", "verify"])
+def test_tools_on_a_plan(tool: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compile_demo(tmp_path / "plan")
+    assert run_command_line([tool, str(tmp_path / "plan"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["digest"]
+    assert run_command_line([tool, str(tmp_path / "plan")]) == 0

@@ -1,0 +1,93 @@
+"""The demo model, compiled and run through the command line: every scenario, every strategy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fiddlerc.cli import run_command_line
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "examples" / "tiny-mixtral"
+PROMPT = (ROOT / "examples" / "prompt.txt").read_text()
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Traced, calibrated for this machine, and compiled: what `make demo` does, quicker."""
+    folder = tmp_path_factory.mktemp("demo")
+    trace = ["trace", str(DEMO), "--text", str(DEMO / "heldout-chat.txt"), "--max-tokens", "1024"]
+    assert run_command_line([*trace, "-o", str(folder / "trace.safetensors")]) == 0
+    calibrate = ["calibrate", "--quick", "--model", str(DEMO), "--accelerator", "simulated"]
+    assert run_command_line([*calibrate, "-o", str(folder / "hw.json")]) == 0
+    compile_ = ["compile", str(DEMO), "--hw", str(folder / "hw.json"), "--trace", str(folder / "trace.safetensors")]
+    assert run_command_line([*compile_, "--gpu-memory", "16MiB", "-o", str(folder / "plan")]) == 0
+    return folder / "plan"
+
+
+def generate(plan: Path, capsys: pytest.CaptureFixture[str], *extra: str, prompt: str = PROMPT) -> dict[str, object]:
+    capsys.readouterr()
+    arguments = ["run", str(plan), "--model", str(DEMO), "--prompt", prompt, "--max-new-tokens", "8", "--json"]
+    assert run_command_line([*arguments, *extra]) == 0
+    result: dict[str, object] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def test_the_kernel_variant_that_ran_is_the_best_one(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fiddler_runtime.machine import cpu_isas
+
+    result = generate(plan, capsys)
+    assert result["engine"]["isa"] == cpu_isas()[0]  # type: ignore[index]
+    assert result["timing"]["new_tokens"] == 8  # type: ignore[index]
+
+
+@pytest.mark.parametrize("strategy", ["resident", "streamed", "cpu"])
+def test_one_strategy_alone(strategy: str, plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = generate(plan, capsys, "--strategies", strategy, "--device", "simulated")["counters"]["expert_calls"]  # type: ignore[index]
+    assert {name for name, count in calls.items() if count} == {strategy}
+
+
+@pytest.mark.parametrize("options", [("--beams", "4"), ("--temperature", "0.8"), ("--device", "none")])
+def test_scenarios(options: tuple[str, ...], plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(plan, capsys, *options)["text"]
+
+
+def test_streaming_prints_the_same_text(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = generate(plan, capsys)["text"]
+    arguments = ["run", str(plan), "--model", str(DEMO), "--prompt", PROMPT, "--max-new-tokens", "8", "--stream"]
+    assert run_command_line(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.out.rstrip("\n") == str(whole).rstrip("\n")
+    assert "tokens/s" in captured.err
+    assert "expert calls" in captured.err
+
+
+def test_bench_compares_all_scenarios(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", str(plan), "--model", str(DEMO), "--rounds", "1", "--new-tokens", "4", "--json"]
+    assert run_command_line([*arguments, "--prefill-tokens", "64"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [s["name"] for s in result["scenarios"]] == ["decode", "prefill", "beam"]
+    assert all(s["ours_tokens_per_s"] > 0 and s["transformers_tokens_per_s"] > 0 for s in result["scenarios"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "a", "--max-new-tokens", "5000"], "do not fit"),
+        (["--prompt", "a", "--beams", "2", "--stream"], "cannot be streamed"),
+        (["--prompt", "a", "--isa", "sse9"], "sse9"),
+        (["--prompt", "a", "--strategies", "magic"], "magic"),
+    ],
+)
+def test_mistakes(arguments: list[str], found: str, plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run_command_line(["run", str(plan), "--model", str(DEMO), *arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert found in captured.err
+    assert "Traceback" not in captured.err
