@@ -17,13 +17,15 @@ Golden = Callable[[str, "str | bytes"], None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--update-golden", action="store_true", help="write what the tests generate to tests/golden instead of comparing"
+        "--update-golden",
+        action="store_true",
+        help="write what tests generate to tests/golden instead of comparing",
     )
 
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
-    """golden("kernels/x.cpp", text) compares with tests/golden/kernels/x.cpp; with --update-golden it writes the file."""
+    """golden("kernels/x.cpp", text) compares with that file in tests/golden; with --update-golden it writes it."""
     update = bool(request.config.getoption("--update-golden"))
 
     def compare(name: str, content: str | bytes) -> None:
@@ -52,7 +54,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture(scope="session", autouse=True)
 def kernel_cache() -> Iterator[Path]:
-    """Kernel builds of tests stay in build/test-cache: the user's cache is left alone, and a second run builds nothing."""
+    """Tests build kernels in build/test-cache: the user's cache is left alone, and a second run builds nothing."""
     before = os.environ.get("FIDDLER_CACHE")
     cache = ROOT / "build" / "test-cache"
     os.environ["FIDDLER_CACHE"] = str(cache)

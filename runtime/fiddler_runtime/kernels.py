@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
+import struct
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -88,6 +90,7 @@ class KernelLibrary:
         self.path = path
         self.spec = spec
         try:
+            _check_complete(path)
             self._native: Any = ctypes.CDLL(str(path))
             _declare(self._native)
         except (OSError, AttributeError) as error:
@@ -324,6 +327,19 @@ class Kernels:
             if not tensor.is_cpu:
                 raise FiddlerError(f"wrong {name} for a MoE layer", found=str(tensor.device), expected="cpu")
         raise FiddlerError("wrong hidden states for a MoE layer", found=_shown(hidden), expected="contiguous rows")
+
+
+def _check_complete(path: Path) -> None:
+    """Raises OSError for a file that is not a whole ELF64 library: the loader maps a truncated one and then crashes."""
+    with path.open("rb") as file:
+        header = file.read(64)
+        size = os.fstat(file.fileno()).st_size
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        raise OSError("not an ELF64 library")
+    (table,) = struct.unpack_from("<Q", header, 0x28)
+    entry_bytes, entries = struct.unpack_from("<HH", header, 0x3A)
+    if size < table + entry_bytes * entries:  # the section table is the end of the file
+        raise OSError(f"truncated: {size} bytes of {table + entry_bytes * entries}")
 
 
 def _expect_bf16(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

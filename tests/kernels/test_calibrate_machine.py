@@ -1,0 +1,106 @@
+"""Calibrating this machine with real kernels. What is measured is checked for sense, never for speed."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fiddler_runtime.build import build_kernels
+from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.kernels import KernelLibrary
+from fiddlerc import codegen, latency
+from fiddlerc.hardware import calibrate, load_hardware, measure, write_hardware
+from fiddlerc.ir import ExpertTensors, ModelSpec
+
+SHAPE = (128, 256)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    sources = codegen.generate(*SHAPE)
+    folder = tmp_path_factory.mktemp("kernels")
+    for name, text in sources.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return KernelLibrary(build_kernels(folder), sources.spec)
+
+
+@pytest.fixture(autouse=True)
+def little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
+    effort = replace(calibrate.QUICK, seconds=0.1, tokens=(1, 2, 4, 8, 16, 32), copy_widths=(32, 512))
+    monkeypatch.setattr(calibrate, "QUICK", effort)
+
+
+def spec(hidden: int, intermediate: int) -> ModelSpec:
+    names = ExpertTensors("g", "u", "d")
+    return ModelSpec("m", "A", 1, (0,), 8, 2, hidden, intermediate, "silu", 10, 10, names, {}, 1, 1, 1)
+
+
+@pytest.mark.slow
+def test_a_calibration_has_every_quantity_and_makes_a_latency_model(library: KernelLibrary, tmp_path: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    threads = threading.active_count()
+    calibration = measure(
+        {SHAPE: library},
+        quick=True,
+        accelerator="simulated",
+        name="here",
+        source="A test.",
+        progress=lambda *step: steps.append(step),
+    )
+    assert threading.active_count() == threads
+    assert [done for _, done, _ in steps] == list(range(1, steps[-1][2] + 1))
+
+    assert (calibration.name, calibration.provenance) == ("here", "measured")
+    assert calibration.source.startswith("A test.")
+    assert calibration.machine.accelerator.kind == "simulated"
+    count = Counter(sample.quantity for sample in calibration.samples)
+    assert count["cpu_expert"] == count["gpu_expert"] == 6
+    assert count["cpu_expert_while_copying"] == 3
+    assert count["host_to_device"] == count["device_to_host"] >= 4
+    cpu = [sample for sample in calibration.samples if sample.quantity == "cpu_expert"]
+    assert {sample.isa for sample in cpu} == {library.open().isa}
+    assert {sample.threads for sample in cpu} == {calibration.limits.cpu_threads}
+    # Thirty-two tokens are more work than one on any machine, in any weather.
+    assert cpu[-1].median_us > cpu[0].median_us
+
+    write_hardware(calibration, tmp_path / "hw.json")
+    assert load_hardware(str(tmp_path / "hw.json")) == calibration
+    own, other = latency.fit(calibration, spec(*SHAPE)), latency.fit(calibration, spec(2048, 768))
+    assert [curve.interpolated for curve in own.curves] == [True] * 3
+    assert [curve.interpolated for curve in other.curves[:2]] == [False] * 2
+
+
+@pytest.mark.slow
+def test_without_an_accelerator_only_the_cpu_is_measured(library: KernelLibrary) -> None:
+    calibration = measure({SHAPE: library}, quick=True, accelerator="none", name="cpu", source="A test.")
+    assert {sample.quantity for sample in calibration.samples} == {"cpu_expert"}
+    assert calibration.limits.gpu_read_gbps == calibration.limits.host_to_device_gbps == 0
+    assert latency.fit(calibration, spec(*SHAPE)).stream_us > 1e9
+
+
+def test_an_interruption_leaves_no_thread_behind(library: KernelLibrary) -> None:
+    threads = threading.active_count()
+
+    def interrupt(label: str, done: int, total: int) -> None:
+        if "copying" in label:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure({SHAPE: library}, quick=True, accelerator="simulated", name="x", source="x", progress=interrupt)
+    assert threading.active_count() == threads
+
+
+def test_nothing_to_measure() -> None:
+    with pytest.raises(FiddlerError, match="no expert shape"):
+        measure({}, quick=True, name="x", source="x")
+
+
+def test_a_gpu_that_is_not_there(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(FiddlerError, match="no CUDA device"):
+        measure({SHAPE: library}, quick=True, accelerator="cuda", name="x", source="x")

@@ -1,0 +1,252 @@
+"""The library around the numbers: which variant runs, threads, forks, errors, and that baseline code stays baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kernel_samples import ISAS, library, one_expert, open_isa, random_expert, run_moe
+
+from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.kernels import KernelLibrary, TablesStruct, empty_packed, make_pointers
+from fiddler_runtime.machine import cpu_isas, missing_flags
+
+SHAPE = (129, 40)
+
+
+def test_library_says_what_it_is() -> None:
+    built = library(*SHAPE)
+    assert built.isas == ISAS
+    assert built.packed_bytes == built.spec.packed_bytes
+
+
+def test_detection_agrees_with_the_kernel_of_the_system() -> None:
+    built = library(*SHAPE)
+    assert tuple(isa for isa in ISAS if built.usable(isa)) == cpu_isas()
+    assert not built.usable("avx10")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_variant_asked_for_runs(isa: str) -> None:
+    with open_isa(SHAPE, isa, threads=1) as kernels:
+        assert kernels.isa == isa
+        assert kernels.threads == 1
+
+
+def test_the_best_usable_variant_is_the_default() -> None:
+    with library(*SHAPE).open(threads=1) as kernels:
+        assert kernels.isa == cpu_isas()[0]
+
+
+def test_a_library_without_vector_variants_runs_everything() -> None:
+    built = library(*SHAPE, ("scalar",))
+    assert built.isas == ("scalar",)
+    assert [isa for isa in ISAS if built.usable(isa)] == ["scalar"]
+    expert = random_expert(SHAPE, torch.Generator().manual_seed(1))
+    with built.open(threads=2) as kernels:
+        assert kernels.isa == "scalar"
+        assert one_expert(kernels, expert, torch.ones(2, SHAPE[0]).bfloat16()).isfinite().all()
+        assert kernels.peak_gflops(1.0) > 0
+        assert kernels.read_gbps(torch.zeros(1 << 20)) > 0
+    table = np.array([0, 1, 2], dtype=np.float32)
+    tables = TablesStruct(table.ctypes.data, table.ctypes.data, 3, 0, 0, 1, 0)
+    ids = np.array([0, 1, 1, 7], dtype=np.int64)
+    counts, strategy, lanes = np.empty(2, np.int32), np.empty(2, np.uint8), np.empty(2, np.float32)
+    status = built.native.fdl_dispatch(
+        tables, ids.ctypes.data, 4, np.zeros(2, np.uint8).ctypes.data, 2,
+        counts.ctypes.data, strategy.ctypes.data, lanes.ctypes.data,
+    )  # fmt: skip
+    assert status == 0
+    assert counts.tolist() == [1, 2]
+    with pytest.raises(FiddlerError, match="not compiled for avx2"):
+        built.open("avx2")
+
+
+def test_an_instruction_set_that_the_cpu_lacks_is_refused() -> None:
+    lacking = [isa for isa in ISAS if missing_flags(isa)]
+    if not lacking:
+        pytest.skip("this CPU has every instruction set that there are kernels for")
+    with pytest.raises(FiddlerError, match="this CPU cannot run"):
+        library(*SHAPE).open(lacking[0])
+
+
+def test_only_variants_contain_vector_instructions() -> None:
+    """No function that baseline code may call was compiled with an instruction set's flags."""
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("objdump is not installed")
+    listing = subprocess.run(
+        [objdump, "-d", "--no-show-raw-insn", str(library(*SHAPE).path)], capture_output=True, text=True, check=True
+    ).stdout
+    wide: set[str] = set()
+    functions: set[str] = set()
+    for section in re.split(r"\n(?=[0-9a-f]+ <)", listing):
+        name = re.match(r"[0-9a-f]+ <([^>]+)>:", section)
+        if name:
+            functions.add(name[1])
+            if re.search(r"%[yz]mm\d|%k[1-7]\b|\tv[a-z]+ ", section):
+                wide.add(name[1])
+    variants = {name for name in functions if "__avx" in name or "Avx" in name}
+    assert {"fdl_moe", "fdl_open", "fdl_isa_usable"} <= functions
+    assert wide, "the disassembly was not understood"
+    assert wide <= variants
+
+
+def test_only_the_interface_is_exported() -> None:
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("nm is not installed")
+    lines = subprocess.run(
+        [nm, "-D", "--defined-only", str(library(*SHAPE).path)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    header = (Path(__file__).parents[2] / "templates/include/fiddler/abi.h").read_text()
+    declared = set(re.findall(r"^(?:int32_t|int64_t|void|const char\*) (fdl_\w+)\(", header, re.MULTILINE))
+    assert {line.split()[-1] for line in lines} == declared
+
+
+def test_calls_from_several_threads_wait_for_each_other() -> None:
+    generator = torch.Generator().manual_seed(2)
+    expert = random_expert(SHAPE, generator)
+    inputs = [torch.randn(n, SHAPE[0], generator=generator).bfloat16() for n in (1, 40, 9)]
+    with library(*SHAPE).open(threads=2) as kernels:
+        expected = [one_expert(kernels, expert, hidden) for hidden in inputs]
+        wrong: list[int] = []
+
+        def work(index: int) -> None:
+            for _ in range(50):
+                if not torch.equal(one_expert(kernels, expert, inputs[index]), expected[index]):
+                    wrong.append(index)
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+FORK = """
+import os, sys, torch
+sys.path[:0] = {path!r}
+from kernel_samples import library, one_expert, random_expert
+expert = random_expert((129, 40), torch.Generator().manual_seed(1))
+hidden = torch.ones(50, 129).bfloat16()
+kernels = library(129, 40).open(threads=3)
+expected = one_expert(kernels, expert, hidden)
+child = os.fork()
+if child == 0:
+    same = all(torch.equal(one_expert(kernels, expert, hidden), expected) for _ in range(3))
+    kernels.close()
+    os._exit(0 if same else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert torch.equal(one_expert(kernels, expert, hidden), expected)
+kernels.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_forked_child_computes_the_same() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORK.format(path=sys.path)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_pinned_threads_work_even_outside_the_affinity() -> None:
+    expert = random_expert(SHAPE, torch.Generator().manual_seed(1))
+    hidden = torch.ones(20, SHAPE[0]).bfloat16()
+    with library(*SHAPE).open(threads=1) as kernels:
+        expected = one_expert(kernels, expert, hidden)
+    with library(*SHAPE).open(threads=3, cpus=(0, 1, 1000)) as kernels:
+        assert torch.equal(one_expert(kernels, expert, hidden), expected)
+
+
+def test_many_more_threads_than_cpus_still_finish() -> None:
+    expert = random_expert(SHAPE, torch.Generator().manual_seed(1))
+    hidden = torch.ones(20, SHAPE[0]).bfloat16()
+    with library(*SHAPE).open(threads=40) as kernels:
+        for _ in range(20):
+            one_expert(kernels, expert, hidden)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 5000])
+def test_senseless_thread_counts_are_refused(threads: int) -> None:
+    with pytest.raises(FiddlerError, match="1 to 1024 threads"):
+        library(*SHAPE).open(threads=threads)
+
+
+def test_wrong_tensors_are_refused() -> None:
+    good = {
+        "hidden": torch.zeros(2, 129).bfloat16(),
+        "topk_ids": torch.zeros(2, 1, dtype=torch.int64),
+        "topk_weights": torch.zeros(2, 1),
+        "out": torch.zeros(2, 129),
+    }
+    bad = [
+        ("hidden", torch.zeros(2, 129), "wrong hidden states"),
+        ("hidden", torch.zeros(2, 128).bfloat16(), "wrong hidden states"),
+        ("hidden", torch.zeros(129, 2).bfloat16().T, "wrong hidden states"),
+        ("topk_ids", torch.zeros(2, 1, dtype=torch.int32), "wrong top-k ids"),
+        ("topk_weights", torch.zeros(2, 1).bfloat16(), "wrong top-k weights"),
+        ("topk_weights", torch.zeros(2, 2), "wrong top-k weights"),
+        ("out", torch.zeros(2, 129).bfloat16(), "wrong output"),
+        ("out", torch.zeros(129, 2).T, "wrong output"),
+        ("out", torch.zeros(3, 129), "wrong output"),
+    ]
+    with library(*SHAPE).open(threads=1) as kernels:
+        packed = empty_packed(kernels.library.packed_bytes)
+        for name, tensor, message in bad:
+            with pytest.raises(FiddlerError, match=message):
+                kernels.moe(**{**good, name: tensor}, experts=make_pointers([packed.data_ptr()]))
+        with pytest.raises(FiddlerError, match="wrong strategy"):
+            kernels.moe(**good, experts=make_pointers([None]), strategy=np.zeros(3, np.uint8))
+        with pytest.raises(FiddlerError, match="pointer is null"):
+            kernels.moe(**good, experts=make_pointers([None]))
+        shifted = torch.empty(kernels.library.packed_bytes // 2 + 40, dtype=torch.bfloat16)
+        start = (-shifted.data_ptr() % 64) // 2 + 1
+        weights = (torch.zeros(40, 129).bfloat16(), torch.zeros(40, 129).bfloat16(), torch.zeros(129, 40).bfloat16())
+        with pytest.raises(FiddlerError, match="64-byte alignment"):
+            kernels.pack(*weights, shifted[start : start + kernels.library.packed_bytes // 2])
+        with pytest.raises(FiddlerError, match="wrong gate weights"):
+            kernels.pack(weights[2], weights[1], weights[2], packed)
+        with pytest.raises(FiddlerError, match="wrong buffer"):
+            kernels.read_gbps(torch.zeros(1))
+
+
+def test_closed_kernels_say_so() -> None:
+    kernels = library(*SHAPE).open(threads=2)
+    kernels.close()
+    kernels.close()
+    with pytest.raises(FiddlerError, match="closed"):
+        kernels.peak_gflops(1.0)
+
+
+def test_no_tokens_is_no_work() -> None:
+    with library(*SHAPE).open(threads=2) as kernels:
+        out = run_moe(kernels, [None], torch.empty(0, 129).bfloat16(), torch.empty(0, 2).long(), torch.empty(0, 2))
+        assert out.shape == (0, 129)
+
+
+def test_a_library_of_another_plan_is_refused(tmp_path: Path) -> None:
+    built = library(*SHAPE)
+    with pytest.raises(FiddlerError, match="its name differs"):
+        KernelLibrary(built.path, dataclasses.replace(built.spec, name="fdl_bf16_moe_h8_i24"))
+    with pytest.raises(FiddlerError, match="bytes per packed expert differs"):
+        KernelLibrary(built.path, dataclasses.replace(built.spec, hidden_size=999))
+    with pytest.raises(FiddlerError, match="its instruction sets differs"):
+        KernelLibrary(built.path, dataclasses.replace(built.spec, variants=built.spec.variants[1:]))
+    broken = tmp_path / "libx.so"
+    for data in (built.path.read_bytes()[:-1], built.path.read_bytes()[:1000], b"", b"text" * 100):
+        broken.write_bytes(data)
+        with pytest.raises(FiddlerError, match=r"cannot load the kernel library libx\.so"):
+            KernelLibrary(broken, built.spec)
+    with pytest.raises(FiddlerError, match="cannot load the kernel library"):
+        KernelLibrary(tmp_path / "none.so", built.spec)

@@ -1,0 +1,204 @@
+"""What the kernels compute, against three oracles: exact integers, a rigorous bound around float64, and themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from kernel_samples import ISAS, SHAPES, Expert, library, one_expert, open_isa, random_expert, run_moe
+
+from fiddler_runtime.kernels import CPU, IDLE, RESIDENT, STREAMED, Kernels
+
+SMALL = (129, 40)
+
+
+def token_counts(kernels: Kernels) -> tuple[int, ...]:
+    """None, one, around the register tile, several tiles, and more than one chunk of tokens."""
+    variant = next(v for v in kernels.library.spec.variants if v.isa == kernels.isa)
+    tile = variant.tile_tokens
+    return tuple(sorted({0, 1, tile - 1, tile, tile + 1, 2 * tile + 1, 33, 300}))
+
+
+def reference(expert: Expert, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 result with the intermediate rounded to bf16, and how far a correct kernel may be from it.
+
+    A sum of n fp32 terms is within n * 2^-24 * sum(|terms|). That error may push an intermediate over a rounding
+    boundary of bf16, so each may be any bf16 between the roundings of its ends. VDPBF16PS flushes denormals: 2^-126 a
+    term.
+    """
+    x, gate, up, down = (t.double() for t in (hidden, expert.gate, expert.up, expert.down))
+    unit, tiny = 2.0**-24, 2.0**-126
+    width, depth = expert.gate.shape[1], expert.gate.shape[0]
+    g, u = x @ gate.T, x @ up.T
+    g_error = width * (unit * (x.abs() @ gate.abs().T) + tiny)
+    u_error = width * (unit * (x.abs() @ up.abs().T) + tiny)
+    silu = torch.nn.functional.silu(g)
+    h = silu * u
+    # |silu'| <= 1.1; exponential, division and product of silu(g) * u round to 8 units together.
+    error = 1.1 * g_error * (u.abs() + u_error) + silu.abs() * u_error + 8 * unit * h.abs()
+    rounded = h.bfloat16().double()
+    h_error = torch.maximum(
+        ((h + error).bfloat16().double() - rounded).abs(), ((h - error).bfloat16().double() - rounded).abs()
+    )
+    bound = h_error @ down.abs().T + depth * (unit * ((rounded.abs() + h_error) @ down.abs().T) + tiny)
+    return rounded @ down.T, bound
+
+
+def integers(shape: tuple[int, int], tokens: int, generator: torch.Generator) -> tuple[Expert, torch.Tensor]:
+    """Small integers that stay exact in fp32: gates of at least 64, where silu(g) = g, and few inputs other than 0."""
+    hidden, intermediate = shape
+
+    def pick(low: int, high: int, *size: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, size, generator=generator)
+
+    gate, up, down = (
+        pick(0, 1, intermediate, hidden),
+        pick(-1, 1, intermediate, hidden),
+        pick(-1, 1, hidden, intermediate),
+    )
+    gate[:, 0], up[:, 0] = 8, 1
+    x = torch.zeros(tokens, hidden, dtype=torch.int64)
+    for row in x:
+        row[pick(0, hidden - 1, 4)] = pick(1, 2, 4)
+    x[:, 0] = 8
+    return Expert(gate.bfloat16(), up.bfloat16(), down.bfloat16()), x.bfloat16()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"h{s[0]}_i{s[1]}")
+def test_integers_are_exact(shape: tuple[int, int], isa: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with open_isa(shape, isa) as kernels, library(*shape).open("scalar", 1) as scalar:
+        for tokens in token_counts(kernels):
+            expert, hidden = integers(shape, tokens, generator)
+            out = one_expert(kernels, expert, hidden)
+            g, u = hidden.double() @ expert.gate.double().T, hidden.double() @ expert.up.double().T
+            expected = (g * u).bfloat16().double() @ expert.down.double().T
+            assert torch.equal(out.double(), expected), tokens
+            assert torch.equal(out, one_expert(scalar, expert, hidden)), tokens
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"h{s[0]}_i{s[1]}")
+def test_random_numbers_are_within_the_bound(shape: tuple[int, int], isa: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    expert = random_expert(shape, generator)
+    with open_isa(shape, isa) as kernels:
+        for tokens in token_counts(kernels):
+            hidden = torch.randn(tokens, shape[0], generator=generator).bfloat16()
+            out = one_expert(kernels, expert, hidden)
+            expected, bound = reference(expert, hidden)
+            excess = (out.double() - expected).abs() - bound
+            assert not (excess > 0).any(), (tokens, excess.max())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_result_does_not_depend_on_threads_or_other_tokens(isa: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    expert = random_expert(SMALL, generator)
+    hidden = torch.randn(301, SMALL[0], generator=generator).bfloat16()
+    with open_isa(SMALL, isa, threads=1) as kernels:
+        alone = torch.cat([one_expert(kernels, expert, row[None]) for row in hidden])
+        assert torch.equal(alone, one_expert(kernels, expert, hidden))
+    for threads in (2, 3, 5):
+        with open_isa(SMALL, isa, threads) as kernels:
+            for _ in range(3):
+                assert torch.equal(alone, one_expert(kernels, expert, hidden))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [1, 7, 500])
+def test_layer_is_the_weighted_sum_of_its_experts(isa: str, tokens: int) -> None:
+    """Bit for bit: weights are applied in fp32, in the order of the top-k; unknown and masked experts add nothing."""
+    generator = torch.Generator().manual_seed(4)
+    experts = [random_expert(SMALL, generator) for _ in range(5)]
+    hidden = torch.randn(tokens, SMALL[0], generator=generator).bfloat16()
+    # -1 and 5 are sentinels; skewed, so that some experts have many tokens and one has none.
+    ids = torch.tensor([-1, 0, 0, 0, 0, 1, 2, 4, 5])[torch.randint(0, 9, (tokens, 3), generator=generator)]
+    weights = torch.rand(tokens, 3, generator=generator)
+    with open_isa(SMALL, isa) as kernels:
+        single = torch.stack([one_expert(kernels, expert, hidden) for expert in experts])
+        for strategy in (None, np.array([CPU, RESIDENT, CPU, IDLE, STREAMED], dtype=np.uint8)):
+            chosen = range(5) if strategy is None else np.flatnonzero(strategy == CPU)
+            expected = torch.zeros(tokens, SMALL[0])
+            for k in range(3):
+                for expert in chosen:
+                    rows = ids[:, k] == int(expert)
+                    expected[rows] += weights[rows, k, None] * single[expert][rows]
+            held = [expert if index in chosen else None for index, expert in enumerate(experts)]
+            out = run_moe(kernels, held, hidden, ids, weights, strategy)  # type: ignore[arg-type]
+            assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_without_an_expert_are_zero(isa: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    experts: list[Expert | None] = [random_expert(SMALL, generator)]
+    hidden = torch.full((3, SMALL[0]), float("nan")).bfloat16()
+    with open_isa(SMALL, isa) as kernels:
+        nobody = run_moe(kernels, experts, hidden, torch.full((3, 2), -1), torch.ones(3, 2))
+        assert torch.equal(nobody, torch.zeros(3, SMALL[0]))
+        one = run_moe(kernels, experts, hidden.nan_to_num(1), torch.tensor([[-1], [0], [1]]), torch.ones(3, 1))
+        assert one[1].abs().sum() > 0
+        assert torch.equal(one[[0, 2]], torch.zeros(2, SMALL[0]))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_expert_chosen_twice_counts_twice(isa: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    expert = random_expert(SMALL, generator)
+    hidden = torch.randn(2, SMALL[0], generator=generator).bfloat16()
+    with open_isa(SMALL, isa) as kernels:
+        once = one_expert(kernels, expert, hidden)
+        twice = run_moe(kernels, [expert], hidden, torch.zeros(2, 2, dtype=torch.int64), torch.full((2, 2), 0.5))
+    assert torch.equal(twice, 0.5 * once + 0.5 * once)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_of_hidden_may_be_apart(isa: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    expert = random_expert(SMALL, generator)
+    wide = torch.randn(9, SMALL[0] + 11, generator=generator).bfloat16()
+    with open_isa(SMALL, isa) as kernels:
+        strided = one_expert(kernels, expert, wide[:, 3 : 3 + SMALL[0]])
+        assert torch.equal(strided, one_expert(kernels, expert, wide[:, 3 : 3 + SMALL[0]].contiguous()))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(129, 41), (8, 24)], ids=["odd", "even"])
+def test_nan_and_infinity_spread_as_in_torch(shape: tuple[int, int], isa: str) -> None:
+    """Each row alone: a NaN stays in its row, and an infinity never reaches a neighbour through the padding."""
+    generator = torch.Generator().manual_seed(8)
+    expert = random_expert(shape, generator)
+    hidden = torch.randn(6, shape[0], generator=generator).bfloat16()
+    hidden[1, -1], hidden[2, 0], hidden[3, -1], hidden[4] = float("nan"), float("inf"), float("-inf"), 3e38
+    with open_isa(shape, isa) as kernels:
+        out = one_expert(kernels, expert, hidden)
+    g, u = hidden.float() @ expert.gate.float().T, hidden.float() @ expert.up.float().T
+    expected = (torch.nn.functional.silu(g) * u).bfloat16().float() @ expert.down.float().T
+    finite = expected.isfinite().all(1)
+    assert finite.tolist() == [True, False, False, False, False, True]
+    assert torch.equal(out.isfinite().all(1), finite)
+    assert out[1].isnan().all()
+    assert torch.allclose(out[finite], expected[finite], rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_infinite_weights_stay_in_their_output(isa: str) -> None:
+    expert = random_expert(SMALL, torch.Generator().manual_seed(9))
+    expert.down[-1, -1] = float("inf")
+    with open_isa(SMALL, isa) as kernels:
+        out = one_expert(kernels, expert, torch.ones(3, SMALL[0]).bfloat16())
+    assert out[:, :-1].isfinite().all()
+    assert not out[:, -1].isfinite().any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_denormals_do_no_harm(isa: str) -> None:
+    generator = torch.Generator().manual_seed(10)
+    expert = random_expert(SMALL, generator)
+    hidden = (torch.randn(5, SMALL[0], generator=generator).double() * 2.0**-130).bfloat16()
+    with open_isa(SMALL, isa) as kernels:
+        out = one_expert(kernels, expert, hidden)
+    expected, bound = reference(expert, hidden)
+    assert not ((out.double() - expected).abs() > bound).any()
