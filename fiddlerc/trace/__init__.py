@@ -1,0 +1,10 @@
+"""Which experts text chooses: recording it, keeping it in a file, and the statistics that placement rests on."""
+
+from __future__ import annotations
+
+from .counts import from_counts
+from .file import read_trace, write_trace
+from .record import record
+from .statistics import coactivation, popularity
+
+__all__ = ["coactivation", "from_counts", "popularity", "read_trace", "record", "write_trace"]
