@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -199,10 +200,13 @@ def _read_shards(model_dir: Path) -> dict[str, TensorInfo]:
         raise FiddlerError(f"{what} is not valid", found="no usable weight_map", hint=DOWNLOAD_AGAIN)
     tensors: dict[str, TensorInfo] = {}
     shards = sorted(set(weight_map.values()))
-    for number, shard in enumerate(shards, start=1):
+    for shard in shards:
         # The index comes with the model: it must not name files elsewhere.
-        if not shard or shard != Path(shard).name or "\0" in shard:
-            raise FiddlerError(f"{what} is not valid", found=f"the file {shard!r}", expected="names without folders")
+        if not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+            raise FiddlerError(
+                f"{what} is not valid", found=f"the file {shard!r}", expected="*.safetensors, without folders"
+            )
+    for number, shard in enumerate(shards, start=1):
         if not (model_dir / shard).exists():
             raise FiddlerError(
                 f"the checkpoint {model_dir} is incomplete",
