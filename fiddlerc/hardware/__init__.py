@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .calibrate import measure
 from .catalog import catalog_names, load_hardware, verify_calibration, write_hardware
+from .checks import Check, doctor
 
-__all__ = ["catalog_names", "load_hardware", "verify_calibration", "write_hardware"]
+__all__ = ["Check", "catalog_names", "doctor", "load_hardware", "measure", "verify_calibration", "write_hardware"]

@@ -51,6 +51,11 @@ def _passes(tile: int) -> Feature:
     return Feature(f"ceil(n / {tile}) x bytes/bandwidth", lambda work: np.ceil(work.size / tile) * work.read_us)
 
 
+def _bent(ratio: float) -> Feature:
+    label = f"max(bytes/bandwidth, {ratio:.4g} x flops/peak)"
+    return Feature(label, lambda work: np.maximum(work.read_us, ratio * work.compute_us))
+
+
 ONE = Feature("", lambda work: np.ones_like(work.size))
 SIZE = Feature("n", lambda work: work.size)
 READ = Feature("bytes/bandwidth", lambda work: work.read_us)
@@ -66,12 +71,37 @@ def linear(name: str, features: Sequence[Feature], *, transfers: bool = False) -
     return Candidate(name, lambda work, us: _fit_linear(features, work, us), transfers)
 
 
+def bent_roofline(constant: Sequence[Feature]) -> Candidate:
+    """A roofline that reaches other shares of the bandwidth and of the peak, so that it bends at another size.
+
+    max(a x bytes/bandwidth, b x flops/peak) is linear in its scale once b/a is given. That ratio is searched between
+    1/4 and 16 (weights that stay in a cache are read faster than the memory's limit), halving the step from half an
+    octave to 1/64.
+    """
+
+    def fit(work: Work, us: Floats) -> Fitted:
+        tried: dict[float, Fitted] = {}
+
+        def loss(octave: float) -> float:
+            if octave not in tried:
+                tried[octave] = _fit_linear([*constant, _bent(2.0**octave)], work, us)
+            return round(float(np.sum((tried[octave].predict(work) / us - 1.0) ** 2)), 12)
+
+        best = min(np.arange(-2.0, 4.5, 0.5).tolist(), key=loss)
+        for step in 2.0 ** np.arange(-2.0, -7.0, -1.0):
+            best = min((best, best - step, best + step), key=loss)
+        return tried[best]
+
+    return Candidate("bent roofline", fit, True)
+
+
 def expert_candidates() -> tuple[Candidate, ...]:
-    """Models of an expert's time over tokens, the simplest first: of equals, the first is chosen."""
+    """Models of an expert's time over tokens, the simplest first."""
     return (
         linear("constant", [ONE]),  # Fiddler's model of the GPU
         linear("linear", [ONE, SIZE]),  # Fiddler's model of the CPU
         linear("roofline", [ONE, ROOFLINE], transfers=True),
+        bent_roofline([ONE]),
         linear("roofline sum", [ONE, READ, COMPUTE, ROOFLINE], transfers=True),
         linear("roofline sum with token tiles", [ONE, READ, COMPUTE, ROOFLINE, *TILES], transfers=True),
         linear("piecewise linear", [ONE, SIZE, *KNOTS]),
@@ -88,17 +118,21 @@ def transfer_candidates(shapes: int) -> tuple[Candidate, ...]:
     constant = [ONE] if shapes > 1 else []
     return (
         linear("roofline", [*constant, ROOFLINE], transfers=True),
+        bent_roofline(constant),
         linear("roofline sum", [*constant, READ, COMPUTE, ROOFLINE], transfers=True),
         linear("roofline sum with token tiles", [*constant, READ, COMPUTE, ROOFLINE, *TILES], transfers=True),
     )
 
 
 def copy_candidates() -> tuple[Candidate, ...]:
-    """Models of a copy's time over bytes."""
+    """Models of a copy's time over bytes.
+
+    First the curve through the measured sizes: caches make a copy's rate depend on its size by no simple law.
+    """
     return (
+        isotonic(),
         linear("bandwidth", [READ], transfers=True),
         linear("bandwidth and a fixed cost", [ONE, READ], transfers=True),
-        isotonic(),
     )
 
 

@@ -32,13 +32,16 @@ class Choice:
 
 
 def choose(candidates: Sequence[Candidate], work: Work, us: Floats) -> Choice:
-    """Cross-validates all candidates; the smallest mean relative error wins, the first of equals.
+    """Cross-validates all candidates and takes the first (the simplest) that is not clearly worse than the best.
 
+    Clearly worse: by more than one standard error of the difference, size by size (the one-standard-error rule). So
+    noise does not buy steps and bends that the machine does not have.
     work and us hold the measured points, with at least MIN_SIZES distinct sizes.
     """
     held = {candidate.name: _heldout_errors(candidate, work, us) for candidate in candidates}
     means = {name: round(float(errors.mean()), _ERROR_DIGITS) for name, errors in held.items()}
-    best = min(candidates, key=lambda candidate: means[candidate.name])
+    least = held[min(means, key=lambda name: means[name])]
+    best = next(candidate for candidate in candidates if not _clearly_worse(held[candidate.name], least))
     errors = held[best.name]
     return Choice(
         name=best.name,
@@ -47,6 +50,12 @@ def choose(candidates: Sequence[Candidate], work: Work, us: Floats) -> Choice:
         max_error=round(float(errors.max()), _ERROR_DIGITS),
         errors=means,
     )
+
+
+def _clearly_worse(errors: Floats, least: Floats) -> bool:
+    differences = errors - least
+    standard_error = float(differences.std(ddof=1)) / len(differences) ** 0.5
+    return bool(round(float(differences.mean()) - standard_error, _ERROR_DIGITS) > 0)
 
 
 def folds(sizes: Floats) -> Iterator[npt.NDArray[np.bool_]]:

@@ -29,6 +29,9 @@ NEVER_US = 1e12
 _MIN_NET = 0.05
 _US_DIGITS = 3
 
+# Copies this many times smaller or larger say little about one: other caches serve them.
+_NEAR = 8
+
 ExpertQuantity = Literal["cpu_expert", "gpu_expert"]
 
 
@@ -139,7 +142,8 @@ def _expert_curve(
         candidates = transfer_candidates(_distinct((s.hidden_size, s.intermediate_size) for s in samples))
     _require(calibration, quantity, _distinct(s.tokens for s in used), "token counts")
 
-    entry = calibration.limits.cpu_entry_us if quantity == "cpu_expert" else calibration.limits.gpu_entry_us
+    # A CPU sample is a whole call of the lane; an accelerator's is timed inside its queue.
+    entry = calibration.limits.cpu_entry_us if quantity == "cpu_expert" else 0.0
     work = join([expert_work(s.hidden_size, s.intermediate_size, [s.tokens], ceiling) for s in used])
     chosen = choose(candidates, work, _net(used, entry))
     grid = expert_work(spec.hidden_size, spec.intermediate_size, tokens, ceiling)
@@ -161,6 +165,9 @@ def _expert_curve(
 def _copy_curve(calibration: Calibration, nbytes: int) -> _Curve:
     """w: copying one packed expert, as a curve of one point."""
     samples = [s for s in calibration.samples if s.quantity == "host_to_device"]
+    near = [s for s in samples if nbytes / _NEAR <= s.bytes <= nbytes * _NEAR]
+    if _distinct(s.bytes for s in near) >= MIN_SIZES:
+        samples = near
     sizes = [s.bytes for s in samples]
     _require(calibration, "host_to_device", _distinct(sizes), "copy sizes")
     ceiling = roofline.copy_ceiling(calibration.limits, False)

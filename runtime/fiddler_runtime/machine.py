@@ -182,7 +182,7 @@ def usable_cores(root: Path = Path("/"), affinity: Iterable[int] | None = None) 
 
 
 def memory_bytes(root: Path = Path("/")) -> int:
-    """Memory that this process may use: MemTotal, or the smallest limit of the control groups it is in. 0 if unknown."""
+    """Memory that this process may use: MemTotal, or the smallest limit of its control groups. 0 if unknown."""
     found = re.search(r"^MemTotal:\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
     limits = [int(found.group(1)) * 1024] if found else []
     for folder in _cgroup_folders(root, "memory"):
@@ -270,7 +270,7 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
             continue
         parts = [part for part in fields[2].split("/") if part and part != ".."]
         for mount in mounts:
-            # Inside a container the path may be the host's and not exist here; the mount point itself then has the limit.
+            # Inside a container the path may be the host's and not exist here; the mount point then has the limit.
             yield from (mount.joinpath(*parts[:n]) for n in range(len(parts), -1, -1))
 
 

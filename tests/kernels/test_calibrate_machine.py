@@ -16,6 +16,9 @@ from fiddlerc import codegen, latency
 from fiddlerc.hardware import calibrate, load_hardware, measure, write_hardware
 from fiddlerc.ir import ExpertTensors, ModelSpec
 
+# Kernels are built first.
+pytestmark = pytest.mark.slow
+
 SHAPE = (128, 256)
 
 
@@ -40,7 +43,6 @@ def spec(hidden: int, intermediate: int) -> ModelSpec:
     return ModelSpec("m", "A", 1, (0,), 8, 2, hidden, intermediate, "silu", 10, 10, names, {}, 1, 1, 1)
 
 
-@pytest.mark.slow
 def test_a_calibration_has_every_quantity_and_makes_a_latency_model(library: KernelLibrary, tmp_path: Path) -> None:
     steps: list[tuple[str, int, int]] = []
     threads = threading.active_count()
@@ -75,7 +77,6 @@ def test_a_calibration_has_every_quantity_and_makes_a_latency_model(library: Ker
     assert [curve.interpolated for curve in other.curves[:2]] == [False] * 2
 
 
-@pytest.mark.slow
 def test_without_an_accelerator_only_the_cpu_is_measured(library: KernelLibrary) -> None:
     calibration = measure({SHAPE: library}, quick=True, accelerator="none", name="cpu", source="A test.")
     assert {sample.quantity for sample in calibration.samples} == {"cpu_expert"}

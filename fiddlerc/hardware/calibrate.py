@@ -1,0 +1,298 @@
+"""Measuring this machine: docs/calibration.md says what is measured and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, cast
+
+import torch
+
+from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.kernels import KernelLibrary, Kernels
+from fiddler_runtime.lanes.device import Device, open_device
+from fiddler_runtime.machine import Machine, cpu_lane_threads, this_machine
+from fiddler_runtime.plan import packed_bytes
+
+from ..ir import Calibration, Limits, Quantity, Sample
+from .lanes import AcceleratorExpert, Copies, CpuExpert, accelerator_peak_gflops, accelerator_read_gbps, queue_entry
+from .sampling import Guard, Series, Timed, repeat, sizes_within
+
+Progress = Callable[[str, int, int], None]
+Shape = tuple[int, int]
+
+_MIB = 1 << 20
+_UNKNOWN_CACHE = 32 * _MIB  # taken for the last-level cache where the system does not tell its size
+# Beyond the second-level caches of GPUs to date (A100 40 MB, H100 50 MB, RTX 4090 72 MB).
+_GPU_CACHE = 160 * _MIB
+_COPY_BYTES = 64 * _MIB  # enough for a link's full rate
+_PROBE_MS = 2.0
+_WARM_UP = 1000  # more than any number of rotated experts that are small enough for this to matter
+_COPY_HIDDEN = 512  # hidden size of the made-up experts that copies of other sizes are measured with
+_CONTENTION_TOKENS = 3  # how many token counts, the smallest, are measured again while copies run
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured. seconds are for each quantity of each shape, shared by its sizes."""
+
+    tokens: tuple[int, ...]
+    copy_widths: tuple[int, ...]
+    seconds: float
+    rounds: int
+    least: int
+    most: int
+
+
+QUICK = Effort((1, 2, 4, 8, 16, 32, 64, 128, 256), (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), 2.5, 2, 2, 4000)
+FULL = Effort(
+    (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024),
+    (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
+    20.0,
+    4,
+    2,
+    20000,
+)
+
+
+def measure(
+    kernels_by_shape: Mapping[Shape, KernelLibrary],
+    *,
+    quick: bool,
+    accelerator: Literal["auto", "cuda", "simulated", "none"] = "auto",
+    rotate_bytes: Mapping[Shape, int] | None = None,
+    name: str,
+    source: str,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Measures this machine with the generated kernels of the given (hidden_size, intermediate_size) shapes.
+
+    accelerator   "auto" is the GPU, or where there is none the simulated one
+    rotate_bytes  bytes that a shape's weights rotate over, at most twice the last-level caches (beyond which nothing
+                  changes). Without it they rotate over that much: weights come from memory
+    source        who measured, when and how; a sentence about disturbed points is added to it
+    Nothing is written; interrupting it leaves nothing behind.
+    Raises FiddlerError if no shape is given or the accelerator asked for is absent.
+    """
+    if not kernels_by_shape:
+        raise FiddlerError("no expert shape to measure", expected="one or more", hint="fiddlerc calibrate -o hw.json")
+    machine = this_machine(accelerator)
+    effort = QUICK if quick else FULL
+    session = _Session(effort, len(kernels_by_shape), machine.accelerator.kind != "none", progress)
+    threads = cpu_lane_threads(machine.cores, machine.accelerator.kind)
+    cache = 2 * (machine.l3_bytes or _UNKNOWN_CACHE)
+    samples: list[Sample] = []
+
+    with open_device(machine.accelerator.kind) as device:
+        limits = _limits(next(iter(kernels_by_shape.values())), threads, device, cache, quick)
+        session.step("limits")
+        copied: set[int] = set()
+        for shape, library in kernels_by_shape.items():
+            rotated = min(cache, (rotate_bytes or {}).get(shape, cache))
+            with library.open(None, threads) as kernels:
+                session.watch(kernels)
+                cpu = CpuExpert(kernels, *shape, _copies(shape, rotated, machine))
+                tokens, measured = session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa)
+                samples += measured
+                if device.kind == "none":
+                    continue
+                samples += _contention(session, device, shape, cpu.timed, cache, tokens, kernels)
+                del cpu
+                gpu = AcceleratorExpert(device, *shape, _copies(shape, _rotated_there(device, rotated), machine))
+                samples += session.experts("gpu_expert", shape, gpu.timed, 1, "torch")[1]
+                del gpu
+                samples += _copy_samples(session, device, shape, rotated, copied)
+    if session.disturbed:
+        source += f" Other load disturbed {session.disturbed} of {session.points} points."
+    return Calibration("fiddlerc-hw/1", name, "measured", source, machine, limits, tuple(samples))
+
+
+class _Session:
+    """What every measurement shares: the effort, the guard against other load, and progress."""
+
+    def __init__(self, effort: Effort, shapes: int, accelerator: bool, progress: Progress | None) -> None:
+        self.effort = effort
+        self.points = self.disturbed = 0
+        self._guard: Guard | None = None
+        self._progress = progress
+        self._done = 0
+        # Contention and copies count as one step each; experts as one per round.
+        self._total = 1 + shapes * (effort.rounds * (2 if accelerator else 1) + (2 if accelerator else 0))
+
+    def watch(self, kernels: Kernels) -> None:
+        """Takes these kernels' peak as the sign of an undisturbed machine."""
+        self._count()
+        self._guard = Guard(lambda: kernels.peak_gflops(_PROBE_MS))
+
+    def _count(self) -> None:
+        if self._guard is not None:
+            self.points += self._guard.points
+            self.disturbed += self._guard.disturbed
+            self._guard.points = self._guard.disturbed = 0
+
+    def guarded(self, measure: Callable[[], list[float]]) -> list[float]:
+        """Times of a measurement, repeated while other load disturbs it."""
+        assert self._guard is not None
+        times = self._guard(measure)
+        self._count()
+        return times
+
+    def step(self, label: str) -> None:
+        """Tells that a step is done."""
+        self._done += 1
+        if self._progress is not None:
+            self._progress(f"calibrating: {label}", self._done, self._total)
+
+    def experts(
+        self, quantity: Quantity, shape: Shape, timed: Callable[[int], Timed], threads: int, isa: str
+    ) -> tuple[tuple[int, ...], list[Sample]]:
+        """One expert over token counts: (the counts that fitted into the time, their samples).
+
+        Sizes take turns over several rounds, so that a machine's slow drift touches all of them alike.
+        """
+        effort = self.effort
+        label = f"{quantity.replace('_', ' ')} {shape[0]} x {shape[1]}"
+        calls: dict[int, Timed] = {}
+
+        def once(tokens: int) -> float:
+            calls[tokens] = timed(tokens)
+            calls[tokens](0)  # touches its buffers
+            return calls[tokens](1)
+
+        tokens = sizes_within(effort.tokens, once, effort.seconds, effort.rounds * effort.least)
+        series = {n: Series() for n in tokens}
+        slot = effort.seconds / effort.rounds / len(tokens)
+        most = -(-effort.most // effort.rounds)
+        for _ in range(effort.rounds):
+            for n in tokens:
+                # One turn through the rotated weights first: what fits into a cache is then there.
+                repetition = partial(repeat, calls[n], seconds=slot, least=effort.least, most=most, warm_up=_WARM_UP)
+                series[n].times += self.guarded(repetition)
+            self.step(label)
+        nbytes = packed_bytes(*shape)
+        return tokens, [_sample(quantity, shape, n, nbytes, threads, isa, series[n]) for n in tokens]
+
+
+def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, quick: bool) -> Limits:
+    """The machine's ceilings. Each is the best of several probes: what it can do, not what it did on average."""
+    probes = 5 if quick else 20
+    buffer = torch.ones(max(2 * cache, 128 * _MIB) // 2, dtype=torch.bfloat16)
+    with library.open(None, threads) as kernels:
+        read = max(kernels.read_gbps(buffer) for _ in range(probes))
+        peak = max(kernels.peak_gflops(4 * _PROBE_MS) for _ in range(probes))
+        cpu_entry = _median(CpuExpert(kernels, library.spec.hidden_size, library.spec.intermediate_size, 1).entry())
+    if device.kind == "none":
+        return Limits(threads, read, peak, 0.0, 0.0, 0.0, 0.0, cpu_entry, 0.0)
+    if device.kind == "simulated":
+        with library.open(None, 1) as kernels:
+            gpu_read = max(kernels.read_gbps(buffer) for _ in range(probes))
+        size = 1024
+    else:
+        gpu_read, size = accelerator_read_gbps(device, 1 << 30), 8192
+    gpu_peak = accelerator_peak_gflops(device, size)
+    gpu_entry = _median(queue_entry(device))
+    copies = Copies(device, _COPY_BYTES, cache)
+    try:
+        to_device, to_host = copies.to_device(_COPY_BYTES), copies.to_host(_COPY_BYTES)
+        down = _COPY_BYTES / 1e3 / min(repeat(to_device, seconds=0.2, least=5, most=50))
+        up = _COPY_BYTES / 1e3 / min(repeat(to_host, seconds=0.2, least=5, most=50))
+    finally:
+        copies.close()
+    return Limits(threads, read, peak, gpu_read, gpu_peak, down, up, cpu_entry, gpu_entry)
+
+
+def _contention(
+    session: _Session,
+    device: Device,
+    shape: Shape,
+    timed: Callable[[int], Timed],
+    cache: int,
+    tokens: tuple[int, ...],
+    kernels: Kernels,
+) -> list[Sample]:
+    """The CPU's expert again, at its smallest sizes, where it is bound by memory, while the copy engine is busy.
+
+    The peak probe does not guard it: on a machine whose cores are all in use the copies themselves lower the peak.
+    """
+    tokens = tokens[:_CONTENTION_TOKENS]
+    nbytes = packed_bytes(*shape)
+    series = {n: Series() for n in tokens}
+    slot = session.effort.seconds / 4 / session.effort.rounds / len(tokens)
+    copies = Copies(device, nbytes, cache)
+    try:
+        with copies.running(*shape):
+            for _ in range(session.effort.rounds):
+                for n in tokens:
+                    series[n].times += repeat(
+                        timed(n), seconds=slot, least=session.effort.least, most=session.effort.most, warm_up=_WARM_UP
+                    )
+    finally:
+        copies.close()
+    session.step("CPU while copying")
+    quantity: Quantity = "cpu_expert_while_copying"
+    return [_sample(quantity, shape, n, nbytes, kernels.threads, kernels.isa, series[n]) for n in tokens]
+
+
+def _copy_samples(session: _Session, device: Device, shape: Shape, rotated: int, copied: set[int]) -> list[Sample]:
+    """Copies of this shape's packed expert and of other sizes, and activations back. `copied`: sizes that are done.
+
+    An expert's copy includes unpacking it, as in the streamed lane's copy engine.
+    """
+    hidden, intermediate = shape
+    # Down to an eighth of the shape's own expert: a copy's rate depends on its size, and w is wanted at this one.
+    widths = (max(1, intermediate // part) for part in (1, 2, 4, 8))
+    sizes = {packed_bytes(hidden, width): (hidden, width) for width in widths}
+    for width in session.effort.copy_widths:
+        sizes.setdefault(packed_bytes(_COPY_HIDDEN, width), (_COPY_HIDDEN, width))
+    sizes = {nbytes: of for nbytes, of in sorted(sizes.items()) if nbytes not in copied}
+    copied.update(sizes)
+    slot = session.effort.seconds / 2 / max(1, len(sizes))
+    samples = []
+    for nbytes, of in sizes.items():
+        copies = Copies(device, nbytes, rotated)
+        try:
+            for quantity, timed in (
+                ("host_to_device", copies.expert(*of)),
+                ("device_to_host", copies.to_host(nbytes)),
+            ):
+                repetition = partial(repeat, timed, seconds=slot / 2, least=3, most=session.effort.most)
+                series = Series(session.guarded(repetition))
+                samples.append(_sample(cast(Quantity, quantity), (0, 0), 0, nbytes, 1, "", series))
+        finally:
+            copies.close()
+    session.step("copies")
+    return samples
+
+
+def _sample(
+    quantity: Quantity, shape: Shape, tokens: int, nbytes: int, threads: int, isa: str, series: Series
+) -> Sample:
+    return Sample(
+        quantity=quantity,
+        hidden_size=shape[0],
+        intermediate_size=shape[1],
+        tokens=tokens,
+        bytes=nbytes,
+        threads=threads,
+        isa=isa,
+        median_us=round(series.median_us, 3),
+        spread_us=round(series.spread_us, 3),
+        repeats=len(series.times),
+    )
+
+
+def _copies(shape: Shape, rotate_bytes: int, machine: Machine) -> int:
+    """How many experts of that shape to rotate over: `rotate_bytes` of them, in at most a quarter of the memory."""
+    nbytes = packed_bytes(*shape)
+    return max(1, min(-(-rotate_bytes // nbytes), machine.memory_bytes // 4 // nbytes))
+
+
+def _rotated_there(device: Device, rotated: int) -> int:
+    """Bytes that weights rotate over on the accelerator. A GPU's cache is its own; a simulated one's is the CPU's."""
+    return max(rotated, _GPU_CACHE) if device.kind == "cuda" else rotated
+
+
+def _median(timed: Timed) -> float:
+    series = Series(repeat(timed, seconds=0.2, least=20, most=500, warm_up=5))
+    return round(series.median_us, 3)

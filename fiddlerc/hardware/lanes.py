@@ -1,0 +1,248 @@
+"""What is timed: the CPU's generated kernel, and the accelerator's compute queue and copy engine, as in the engine.
+
+Weights are random and rotated, so that they come from where they will come from when a model runs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fiddler_runtime.kernels import Kernels, empty_packed, make_pointers
+from fiddler_runtime.lanes.device import Device, run_expert, unpack_expert_into
+from fiddler_runtime.plan import packed_bytes
+
+from .sampling import Timed
+
+_BF16 = torch.bfloat16
+
+
+def random_weights(nbytes: int) -> torch.Tensor:
+    """bf16 noise of a trained matrix's size, nbytes / 2 elements: a mebibyte of it, over and over (it is quick)."""
+    pattern = torch.empty(1 << 19).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0)).to(_BF16)
+    out = empty_packed(nbytes)
+    whole = out.numel() // pattern.numel() * pattern.numel()
+    out[:whole].view(-1, pattern.numel()).copy_(pattern.expand(whole // pattern.numel(), -1))
+    out[whole:].copy_(pattern[: out.numel() - whole])
+    return out
+
+
+class CpuExpert:
+    """One expert in the CPU lane: kernels.moe with a single expert that every token chose."""
+
+    def __init__(self, kernels: Kernels, hidden_size: int, intermediate_size: int, copies: int) -> None:
+        self._kernels = kernels
+        self._hidden_size = hidden_size
+        nbytes = packed_bytes(hidden_size, intermediate_size)
+        self._weights = random_weights(copies * nbytes)
+        start = self._weights.data_ptr()
+        self._pointers = [make_pointers([start + index * nbytes]) for index in range(copies)]
+
+    def timed(self, tokens: int) -> Timed:
+        """One call with that many tokens; microseconds, the lane's entry included."""
+        hidden = torch.randn(tokens, self._hidden_size).to(_BF16)
+        ids = torch.zeros(tokens, 1, dtype=torch.int64)
+        weights = torch.ones(tokens, 1)
+        out = torch.zeros(tokens, self._hidden_size)
+        moe, pointers = self._kernels.moe, self._pointers
+
+        def call(index: int) -> float:
+            experts = pointers[index % len(pointers)]
+            started = time.perf_counter_ns()
+            moe(hidden, ids, weights, experts, out, None)
+            return (time.perf_counter_ns() - started) / 1e3
+
+        return call
+
+    def entry(self) -> Timed:
+        """A call with one token that chose no expert of ours: what entering the lane costs."""
+        hidden = torch.zeros(1, self._hidden_size, dtype=_BF16)
+        ids = torch.full((1, 1), -1, dtype=torch.int64)
+        weights, out = torch.ones(1, 1), torch.zeros(1, self._hidden_size)
+
+        def call(index: int) -> float:
+            started = time.perf_counter_ns()
+            self._kernels.moe(hidden, ids, weights, self._pointers[0], out, None)
+            return (time.perf_counter_ns() - started) / 1e3
+
+        return call
+
+
+class AcceleratorExpert:
+    """One expert in the accelerator's compute queue: gather, expert, weighting and scatter, as the lanes do it.
+
+    On a GPU each repetition runs `batch` experts and waits once, as a layer does.
+    """
+
+    def __init__(self, device: Device, hidden_size: int, intermediate_size: int, copies: int) -> None:
+        self._device = device
+        self._hidden_size = hidden_size
+        self._batch = 8 if device.kind == "cuda" else 1
+        rows, columns = 2 * intermediate_size, hidden_size
+
+        def split(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return flat[: rows * columns].view(rows, columns), flat[rows * columns :].view(columns, intermediate_size)
+
+        elements = 3 * intermediate_size * hidden_size
+        arena = random_weights(2 * copies * elements).to(device.torch_device)
+        self._weights = [split(flat) for flat in arena.view(copies, elements)]
+
+    def timed(self, tokens: int) -> Timed:
+        """One expert with that many tokens; microseconds without the lane's entry."""
+        where = self._device.torch_device
+        hidden = torch.randn(tokens, self._hidden_size).to(_BF16).to(where)
+        rows = torch.arange(tokens, device=where)
+        scale = torch.ones(tokens, device=where)
+        out = torch.zeros(tokens, self._hidden_size, device=where)
+
+        def run(index: int) -> float:
+            settle(self._device)
+            started = time.perf_counter_ns()
+            for step in range(self._batch):
+                gate_up, down = self._weights[(index * self._batch + step) % len(self._weights)]
+                run_expert(hidden, rows, scale, gate_up, down, out)
+            settle(self._device)
+            return (time.perf_counter_ns() - started) / 1e3 / self._batch
+
+        return lambda index: self._device.join(self._device.submit(run, index))
+
+
+class Copies:
+    """Copies between the host and the accelerator, on its copy engine.
+
+    An expert's copy ends with unpacking, which the copy engine does too; source rotates over at least `rotate_bytes`.
+    """
+
+    def __init__(self, device: Device, largest_bytes: int, rotate_bytes: int) -> None:
+        self._device = device
+        self._source = random_weights(max(largest_bytes, rotate_bytes))
+        self._unpin = device.pin(self._source)
+
+    def close(self) -> None:
+        """Lets the host memory go."""
+        self._device.synchronize()
+        self._unpin()
+
+    def expert(self, hidden_size: int, intermediate_size: int) -> Timed:
+        """Copying one packed expert of that shape to the accelerator and unpacking it there; microseconds."""
+        where = self._device.torch_device
+        elements = packed_bytes(hidden_size, intermediate_size) // 2
+        landing = torch.empty(elements, dtype=_BF16, device=where)
+        gate_up = torch.empty(2 * intermediate_size, hidden_size, dtype=_BF16, device=where)
+        down = torch.empty(hidden_size, intermediate_size, dtype=_BF16, device=where)
+        places = max(1, self._source.numel() // elements)
+
+        def copy(index: int) -> None:
+            start = index % places * elements
+            landing.copy_(self._source[start : start + elements], non_blocking=True)
+            unpack_expert_into(landing, gate_up, down)
+
+        return self._timed(copy)
+
+    def to_device(self, nbytes: int) -> Timed:
+        """A plain copy of that many bytes."""
+        target = torch.empty(nbytes // 2, dtype=_BF16, device=self._device.torch_device)
+        places = max(1, self._source.numel() // target.numel())
+
+        def copy(index: int) -> None:
+            start = index % places * target.numel()
+            target.copy_(self._source[start : start + target.numel()], non_blocking=True)
+
+        return self._timed(copy)
+
+    def to_host(self, nbytes: int) -> Timed:
+        """A plain copy of that many bytes back."""
+        source = torch.ones(nbytes // 2, dtype=_BF16, device=self._device.torch_device)
+        places = max(1, self._source.numel() // source.numel())
+
+        def copy(index: int) -> None:
+            start = index % places * source.numel()
+            self._source[start : start + source.numel()].copy_(source, non_blocking=True)
+
+        return self._timed(copy)
+
+    @contextmanager
+    def running(self, hidden_size: int, intermediate_size: int) -> Iterator[None]:
+        """Copies one expert after the other, without a pause, while the block runs."""
+        timed = self.expert(hidden_size, intermediate_size)
+        stop = threading.Event()
+
+        def work() -> None:
+            index = 0
+            while not stop.is_set():
+                timed(index)
+                index += 1
+
+        thread = threading.Thread(target=work, name="fiddler-calibrate-copies")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _timed(self, copy: Callable[[int], None]) -> Timed:
+        def run(index: int, times: list[float]) -> None:
+            started = time.perf_counter_ns()
+            copy(index)
+            settle(self._device)
+            times.append((time.perf_counter_ns() - started) / 1e3)
+
+        def call(index: int) -> float:
+            times: list[float] = []
+            ticket = self._device.on_copy_engine(run, index, times)
+            # A simulated engine has a thread of its own; a GPU's copies were waited for in `run`.
+            if self._device.kind == "simulated":
+                ticket.result()
+            return times[0]
+
+        return call
+
+
+def queue_entry(device: Device) -> Timed:
+    """Handing an empty job to the compute queue and waiting for it; microseconds."""
+
+    def call(index: int) -> float:
+        started = time.perf_counter_ns()
+        device.join(device.submit(settle, device))
+        return (time.perf_counter_ns() - started) / 1e3
+
+    return call
+
+
+def settle(device: Device) -> None:
+    """Waits for what the current queue was given. On the CPU everything has happened already."""
+    if device.kind == "cuda":
+        torch.cuda.current_stream(device.torch_device).synchronize()
+
+
+def accelerator_read_gbps(device: Device, nbytes: int) -> float:
+    """Memory bandwidth of a GPU: the best of copies within its memory, which read and write each byte once."""
+    source = torch.ones(nbytes // 2, dtype=_BF16, device=device.torch_device)
+    target = torch.empty_like(source)
+
+    def run() -> float:
+        started = time.perf_counter_ns()
+        target.copy_(source)
+        settle(device)
+        return 2 * nbytes / (time.perf_counter_ns() - started)
+
+    return max(device.join(device.submit(run)) for _ in range(10))
+
+
+def accelerator_peak_gflops(device: Device, size: int) -> float:
+    """The best rate of a bf16 matrix product of that size, in the compute queue."""
+    a = torch.randn(size, size).to(_BF16).to(device.torch_device)
+    b, out = a.t().contiguous(), torch.empty_like(a)
+
+    def run() -> float:
+        started = time.perf_counter_ns()
+        torch.matmul(a, b, out=out)
+        settle(device)
+        return 2 * size**3 / (time.perf_counter_ns() - started)
+
+    return max(device.join(device.submit(run)) for _ in range(10))

@@ -1,0 +1,105 @@
+"""Repeating a measurement until it can be believed, on a machine that others use as well."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Timed = Callable[[int], float]
+"""Does the i-th repetition and returns the microseconds that it took."""
+
+STEADY = 0.85
+"""Share of the best peak probe below which other load is held responsible for what was measured."""
+ATTEMPTS = 3
+
+
+@dataclass
+class Series:
+    """All times of one point, in microseconds."""
+
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def median_us(self) -> float:
+        """The median."""
+        return float(np.median(self.times))
+
+    @property
+    def spread_us(self) -> float:
+        """The 90th percentile less the 10th."""
+        low, high = np.percentile(self.times, [10, 90])
+        return float(high - low)
+
+
+class Guard:
+    """Repeats a measurement that other load disturbed: one around which the compute peak was not reached.
+
+    probe: returns the machine's current peak (any unit); it should take milliseconds.
+    """
+
+    def __init__(self, probe: Callable[[], float]) -> None:
+        self._probe = probe
+        self._best = max(probe() for _ in range(5))
+        self.points = 0
+        self.disturbed = 0
+
+    @property
+    def best(self) -> float:
+        """The highest peak seen."""
+        return self._best
+
+    def __call__(self, measure: Callable[[], list[float]]) -> list[float]:
+        """The times of the first undisturbed attempt, or of the least disturbed of ATTEMPTS."""
+        self.points += 1
+        least: tuple[float, list[float]] | None = None
+        for _ in range(ATTEMPTS):
+            before = self._probe()
+            times = measure()
+            level = min(before, self._probe())
+            self._best = max(self._best, level)
+            if level >= STEADY * self._best:
+                return times
+            if least is None or level > least[0]:
+                least = (level, times)
+        self.disturbed += 1
+        assert least is not None
+        return least[1]
+
+
+def repeat(timed: Timed, *, seconds: float, least: int, most: int, warm_up: int = 1) -> list[float]:
+    """Times of `least` to `most` repetitions: as many as fit in `seconds`.
+
+    Before them up to `warm_up` that do not count, at least one, in at most a quarter of the time.
+    """
+    started = time.perf_counter()
+    done = 0
+    while done == 0 or (done < warm_up and time.perf_counter() < started + seconds / 4):
+        timed(done)
+        done += 1
+    times: list[float] = []
+    while len(times) < least or (len(times) < most and time.perf_counter() < started + seconds):
+        times.append(timed(done + len(times)))
+    return times
+
+
+def sizes_within(
+    sizes: tuple[int, ...], call_us: Callable[[int], float], seconds: float, calls: int
+) -> tuple[int, ...]:
+    """The sizes, ascending, that can be called that many times each within `seconds`; always the first four.
+
+    call_us: times one call of a size. Four sizes are what a latency model needs at least.
+    """
+    kept: list[int] = []
+    spent = 0.0
+    for index, size in enumerate(sizes):
+        us = call_us(size)
+        kept.append(size)
+        spent += us * calls / 1e6
+        # The next size takes about as much longer as it is larger, once the arithmetic dominates.
+        following = us * sizes[index + 1] / size * calls / 1e6 if index + 1 < len(sizes) else 0.0
+        if len(kept) >= 4 and spent + following > seconds:
+            break
+    return tuple(kept)

@@ -1,0 +1,90 @@
+"""How a measurement is repeated, with clocks and probes that do as they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from fiddlerc.hardware.sampling import ATTEMPTS, Guard, Series, repeat, sizes_within
+
+
+class Clock:
+    """Time that passes only when something is timed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 0.0
+        self.calls: list[int] = []
+        monkeypatch.setattr("fiddlerc.hardware.sampling.time.perf_counter", lambda: self.seconds)
+
+    def timed(self, seconds: float) -> Callable[[int], float]:
+        def call(index: int) -> float:
+            self.calls.append(index)
+            self.seconds += seconds
+            return seconds * 1e6
+
+        return call
+
+
+def test_median_and_spread() -> None:
+    series = Series([float(n) for n in range(1, 12)])
+    assert (series.median_us, series.spread_us) == (6.0, 8.0)
+
+
+def test_as_many_repetitions_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    assert len(repeat(clock.timed(0.125), seconds=1.0, least=2, most=100)) == 7
+    assert clock.calls == list(range(8))
+
+
+def test_a_slow_call_is_made_often_enough_and_a_quick_one_not_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    assert len(repeat(clock.timed(10.0), seconds=1.0, least=3, most=100)) == 3
+    assert len(repeat(clock.timed(0.001), seconds=1.0, least=3, most=100)) == 100
+
+
+def test_warming_up_takes_at_most_a_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    assert len(repeat(clock.timed(0.125), seconds=1.0, least=2, most=100, warm_up=50)) == 6
+    assert len(repeat(clock.timed(0.001), seconds=1.0, least=2, most=100, warm_up=50)) == 100
+    assert clock.calls[8 + 50] == 50
+
+
+def test_sizes_stop_where_the_time_ends() -> None:
+    sizes = (1, 2, 4, 8, 16, 32, 64)
+    assert sizes_within(sizes, lambda n: n * 1e5, 1000.0, 2) == sizes
+    # 1 + 2 + 4 + 8 + 16 tenths of a second twice, and then 3.2 s twice would follow.
+    assert sizes_within(sizes, lambda n: n * 1e5, 10.0, 2) == (1, 2, 4, 8, 16)
+    assert sizes_within(sizes, lambda n: n * 1e5, 0.1, 2) == (1, 2, 4, 8)
+
+
+def guard(levels: list[float]) -> Guard:
+    """A guard whose machine has a peak of 100, and then the given probes."""
+    script: Iterator[float] = iter([100.0] * 5 + levels)
+    return Guard(lambda: next(script))
+
+
+def test_an_undisturbed_point_is_measured_once() -> None:
+    watch, results = guard([99.0, 98.0]), iter([[1.0]])
+    assert watch(lambda: next(results)) == [1.0]
+    assert (watch.points, watch.disturbed) == (1, 0)
+
+
+def test_a_disturbed_point_is_measured_again() -> None:
+    watch, results = guard([99.0, 60.0, 99.0, 99.0]), iter([[9.0], [1.0]])
+    assert watch(lambda: next(results)) == [1.0]
+    assert (watch.points, watch.disturbed) == (1, 0)
+
+
+def test_a_machine_that_stays_disturbed_gives_its_best_and_says_so() -> None:
+    watch, results = guard([50.0, 50.0, 80.0, 70.0, 99.0, 60.0]), iter([[5.0], [7.0], [6.0]])
+    assert ATTEMPTS == 3
+    assert watch(lambda: next(results)) == [7.0]
+    assert (watch.points, watch.disturbed) == (1, 1)
+
+
+def test_the_best_peak_may_be_seen_late() -> None:
+    watch, results = guard([120.0, 120.0, 101.0, 101.0, 119.0, 119.0]), iter([[1.0], [2.0], [3.0]])
+    assert watch(lambda: next(results)) == [1.0]
+    assert watch(lambda: next(results)) == [3.0]
+    assert watch.best == 120.0
