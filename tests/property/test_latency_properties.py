@@ -37,6 +37,7 @@ def spec() -> ModelSpec:
     return ModelSpec("m", "A", 1, (0,), 8, 2, 128, 256, "silu", 10, 10, names, {}, 1, 1, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(calibrations())
 def test_curves_are_positive_and_monotone_and_the_same_each_time(calibration: Calibration) -> None:
