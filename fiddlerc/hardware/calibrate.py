@@ -107,7 +107,7 @@ def measure(
                 del gpu
                 samples += _copy_samples(session, device, shape, rotated, copied)
     if session.disturbed:
-        source += f" Other load disturbed {session.disturbed} of {session.points} points."
+        source += f"; other load disturbed {session.disturbed} of {session.points} points"
     return Calibration("fiddlerc-hw/1", name, "measured", source, machine, limits, tuple(samples))
 
 
