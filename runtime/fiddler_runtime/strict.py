@@ -35,7 +35,8 @@ def parse(text: bytes, where: str) -> Any:
 
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    # ValueError: bad UTF-8, bad JSON, and integers of more digits than Python converts.
+    except (ValueError, RecursionError) as error:
         raise FiddlerError(f"{where} is not valid JSON", found=str(error)) from None
 
 
@@ -98,6 +99,9 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise _wrong(where, value, "an object")
+        for key in value:
+            if not _is_plain(str, key):
+                raise _wrong(where, key, "keys of valid text")
         return {key: _decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if kind is float and _is_plain(int, value):
         value = float(value)
@@ -127,9 +131,13 @@ def _is_plain(kind: Any, value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MAX_INT
     if kind is float:
         return isinstance(value, float) and math.isfinite(value)
-    return kind is str and isinstance(value, str)
+    if kind is not str or not isinstance(value, str):
+        return False
+    # JSON can spell half of a surrogate pair ("\ud800"), which is no text and could not be written back.
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _wrong(where: str, value: Any, expected: str) -> FiddlerError:
-    shown = json.dumps(value, ensure_ascii=False)
+    # In ASCII: what a hostile file holds must not reach a terminal as control characters.
+    shown = json.dumps(value)
     return FiddlerError(f"wrong value for {where}", found=shown[:60], expected=expected)

@@ -1,29 +1,17 @@
-"""The plan format (plans/README.md specifies it): its types, its strict reader, its atomic writer.
-
-A plan is a directory: plan.json, tables.safetensors, kernels/ (sources) and whatever else plan.json lists. The compiler
-writes through `write_plan`; the runtime reads through `read_plan`; nobody else knows the format.
-"""
+"""The plan format's types; plans/README.md specifies what each means."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
-from . import strict
-from .errors import FiddlerError
-from .machine import Machine
+from .. import strict
+from ..machine import Machine
 
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
@@ -31,6 +19,7 @@ ABI_VERSION = 1
 
 HEADER = "plan.json"
 TABLES = "tables.safetensors"
+BUILD_FILE = "kernels/CMakeLists.txt"
 Provenance = Literal["measured", "data sheet", "paper"]
 Objective = Literal["decode", "prefill", "beam", "balanced"]
 
@@ -233,15 +222,3 @@ class Plan:
     path: Path
     header: Header
     tables: Tables
-
-
-_TABLE_TYPES: dict[str, str] = {
-    "tokens": "int32",
-    "cpu_us": "float32",
-    "gpu_us": "float32",
-    "scalars_us": "float32",
-    "contention": "float32",
-    "decode_streams": "int32",
-    "resident": "uint8",
-    "popularity": "float32",
-}
