@@ -1,0 +1,7 @@
+"""Which experts live on the accelerator: the memory it has for them, the choice, and the tables that follow."""
+
+from .budget import count_memory
+from .place import place
+from .tables import make_tables
+
+__all__ = ["count_memory", "make_tables", "place"]

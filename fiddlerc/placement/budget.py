@@ -1,0 +1,70 @@
+"""The accelerator's memory, counted item by item."""
+
+from __future__ import annotations
+
+from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.plan import packed_bytes
+
+from ..ir import MemoryBudget, MemoryItem, ModelSpec, Options
+
+PREFILL_TOKENS = 2048
+"""Tokens whose activations live at once. Longer prompts are given in chunks (transformers: prefill_chunk_size)."""
+
+STAGING_SLOTS = 2
+"""Unpacked experts in the streamed lane (fiddler_runtime.lanes.streamed), beside one packed expert that arrives."""
+
+SLACK = 0.03
+"""Share of the whole that is left alone: the driver's context (0.3 to 0.5 GiB of a 16 to 24 GiB card) and what the
+allocator loses to blocks of 2 MiB. An assumption, to be replaced by a measurement on the GPU concerned."""
+
+
+def count_memory(spec: ModelSpec, options: Options) -> MemoryBudget:
+    """What everything but resident experts takes of options.gpu_memory_bytes, and how many experts fit in the rest.
+
+    Residents lie unpacked, spec.expert_bytes each. Raises FiddlerError, naming the smallest --gpu-memory that works, if
+    the other parts do not fit.
+    """
+    total = options.gpu_memory_bytes
+    cached = options.context * options.batch
+    alive = min(cached, PREFILL_TOKENS)
+    packed = packed_bytes(spec.hidden_size, spec.intermediate_size)
+    fixed = (
+        MemoryItem("non-expert weights", spec.non_expert_bytes),
+        MemoryItem(f"KV cache ({options.batch} x {options.context} tokens)", cached * spec.kv_bytes_per_token),
+        MemoryItem(f"activations ({alive} tokens)", alive * spec.workspace_bytes_per_token),
+        MemoryItem("staging of streamed experts", STAGING_SLOTS * spec.expert_bytes + packed),
+    )
+    used = sum(item.bytes for item in fixed)
+    slack = int(total * SLACK)
+    if used + slack > total:
+        raise _too_small(spec, options, fixed)
+    experts = len(spec.moe_layers) * spec.num_experts
+    room = (total - used - slack) // spec.expert_bytes
+    return MemoryBudget(total, (*fixed, MemoryItem("allocator slack", slack)), min(room, experts))
+
+
+def _too_small(spec: ModelSpec, options: Options, fixed: tuple[MemoryItem, ...]) -> FiddlerError:
+    least = int(sum(item.bytes for item in fixed) / (1 - SLACK)) + 1
+    parts = ", ".join(f"{item.item} {_amount(item.bytes)}" for item in fixed)
+    return FiddlerError(
+        f"the GPU budget is below the non-expert part of {spec.name}",
+        found=f"--gpu-memory {_amount(options.gpu_memory_bytes)}",
+        expected=f"at least {_amount(least)} ({parts}, {SLACK:.0%} slack)",
+        hint=f"--gpu-memory {_whole(least)}, or a smaller --context or --batch",
+    )
+
+
+def _amount(count: int) -> str:
+    """For people: 1536 -> '1.5 KiB'."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def _whole(count: int) -> str:
+    """The value of an option that is enough and at most a quarter more than that: 5.2 GiB -> '6GiB'."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= 4 * size:
+            return f"{-(-count // size)}{unit}"
+    return f"{count}B"
