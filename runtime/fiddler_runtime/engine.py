@@ -22,7 +22,7 @@ from .lanes.device import Device, open_device
 from .lanes.routing import CPU, RESIDENT, STREAMED, route
 from .lanes.streamed import StreamedLane
 from .loading import load_plan, open_library
-from .machine import usable_cores
+from .machine import cpu_lane_threads, usable_cores
 from .plan import Plan
 from .store import place
 from .strategies import DeviceChoice
@@ -242,7 +242,7 @@ def _cpu_threads(asked: int | None, device: Device) -> int:
     """Threads of the CPU lane. A simulated accelerator is one core, which the CPU lane then leaves alone."""
     cores = usable_cores()
     if asked is None:
-        return max(1, cores - 1) if device.kind == "simulated" else cores
+        return cpu_lane_threads(cores, device.kind)
     if asked < 1:
         raise FiddlerError("wrong number of threads", found=asked, expected=f"1 to {cores}, the usable cores")
     return asked

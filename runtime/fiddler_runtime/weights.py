@@ -60,31 +60,9 @@ class CheckpointWeights(ExpertWeights):
 
     def check(self, spec: ModelSpec) -> None:
         check_identity(spec, self._model_dir)
+        self._checkpoint.check_experts(spec)
         names = spec.expert_tensors
         self._names = (names.gate, names.up, names.down)
-        wide = (spec.intermediate_size, spec.hidden_size)
-        shapes = (wide, wide, wide[::-1])
-        for layer in spec.moe_layers:
-            for expert in range(spec.num_experts):
-                for pattern, shape in zip(self._names, shapes, strict=True):
-                    self._check_tensor(pattern.format(layer=layer, expert=expert), shape)
-
-    def _check_tensor(self, name: str, shape: tuple[int, int]) -> None:
-        info = self._checkpoint.tensors.get(name)
-        if info is None:
-            raise FiddlerError(
-                f"the checkpoint {self._model_dir} is incomplete",
-                found=f"no tensor {name}",
-                expected="every expert that config.json announces",
-                hint="download the model again",
-            )
-        if tuple(info.shape) != shape:
-            raise FiddlerError(
-                f"the tensor {name} in {self._model_dir} has another shape than the plan's",
-                found=list(info.shape),
-                expected=list(shape),
-                hint="compile a plan for this model: fiddlerc compile MODEL --hw HW -o PLAN",
-            )
 
     def read(self, layer: int, expert: int, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
         for pattern, out in zip(self._names, (gate, up, down), strict=True):

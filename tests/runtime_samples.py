@@ -1,0 +1,114 @@
+"""Plans for the runtime's tests: real kernels, and latencies made up so that every strategy is chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fiddler_runtime.machine import this_machine
+from fiddler_runtime.plan import (
+    ABI_VERSION,
+    FORMAT_MAJOR,
+    FORMAT_MINOR,
+    ExpertTensors,
+    HardwareSummary,
+    Header,
+    ModelSpec,
+    Options,
+    PlacementSummary,
+    Plan,
+    write_plan,
+)
+from fiddlerc import codegen, ir, placement
+
+TINY_MIXTRAL = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
+
+
+def small_spec(**changes: object) -> ModelSpec:
+    """A model without a checkpoint: 2 MoE layers (1 and 2) of 3, 6 experts of 64 x 96, top-2."""
+    values: dict[str, object] = {
+        "name": "small",
+        "architecture": "MixtralForCausalLM",
+        "num_layers": 3,
+        "moe_layers": (1, 2),
+        "num_experts": 6,
+        "top_k": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "activation": "silu",
+        "vocab_size": 128,
+        "max_context": 256,
+        "expert_tensors": ExpertTensors(
+            gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
+            up="model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+            down="model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
+        ),
+        "identity": {"model_type": "small"},
+        "non_expert_bytes": 1 << 20,
+        "kv_bytes_per_token": 1024,
+        "workspace_bytes_per_token": 1024,
+    }
+    return ModelSpec(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def every_third(spec: ModelSpec) -> npt.NDArray[np.bool_]:
+    """Every third expert resident, shifted by one from layer to layer."""
+    rows, columns = np.indices((len(spec.moe_layers), spec.num_experts))
+    return (rows + columns) % 3 == 0
+
+
+def write_sample_plan(
+    dest: Path, spec: ModelSpec, *, resident: npt.NDArray[np.bool_] | None = None, accelerator: str = "simulated"
+) -> Plan:
+    """A plan whose devices are equally fast, 1 us a token, and whose copies take 25 us an expert.
+
+    So few tokens are computed on the CPU, and many are split between all three strategies.
+    """
+    mask = every_third(spec) if resident is None else resident
+    tokens = np.array([*range(65), 128, 1024, 8192], np.int32)
+    latency = ir.LatencyModel(
+        tokens=tokens,
+        cpu_us=1.0 * tokens,
+        gpu_us=1.0 * tokens,
+        cpu_overhead_us=1.0,
+        gpu_overhead_us=1.0,
+        stream_us=25.0,
+        contention=0.1,
+        curves=(),
+    )
+    uniform = np.full(mask.shape, 1.0 / spec.num_experts)
+    summary = PlacementSummary(
+        basis="made up",
+        resident_experts=int(mask.sum()),
+        total_experts=mask.size,
+        hit_rate=float(mask.mean()),
+        random_hit_rate=float(mask.mean()),
+    )
+    tables = placement.make_tables(spec, latency, ir.Placement(mask, uniform, summary))
+    sources = codegen.generate(spec.hidden_size, spec.intermediate_size)
+    here = this_machine()
+    machine = ir.Machine(
+        **{
+            **{name: getattr(here, name) for name in here.__dataclass_fields__},
+            "accelerator": ir.Accelerator(accelerator, "made up", 1 << 30, ""),  # type: ignore[arg-type]
+        }
+    )
+    header = Header(
+        format_major=FORMAT_MAJOR,
+        format_minor=FORMAT_MINOR,
+        abi=ABI_VERSION,
+        model=spec,
+        kernels=sources.spec,
+        hardware=HardwareSummary("made-up", "measured", "tests", machine),
+        options=Options("balanced", 128, 1, 1 << 30),
+        memory=(),
+        latency=(),
+        placement=summary,
+        assumptions=(),
+        tools={},
+        files=(),
+        digest="",
+    )
+    return write_plan(dest, header, tables, {f"kernels/{n}": t.encode() for n, t in sources.files.items()})
