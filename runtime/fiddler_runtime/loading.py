@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import compat
 from .build import build_kernels
+from .compat import check
 from .errors import FiddlerError, FiddlerWarning
 from .kernels import KernelLibrary
 from .machine import this_machine
@@ -35,7 +35,7 @@ def load_plan(path: str | Path, *, trust_binaries: bool = False) -> LoadedPlan:
     (FiddlerWarning) about what makes its latencies stale.
     """
     plan = read_plan(Path(path))
-    for difference in compat.check(plan.header, this_machine()):
+    for difference in check(plan.header, this_machine()):
         warnings.warn(difference, FiddlerWarning, stacklevel=2)
     binary = None
     if trust_binaries:

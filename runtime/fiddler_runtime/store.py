@@ -142,4 +142,3 @@ def _require_memory(spec: ModelSpec, residents: int, packed_bytes: int, device: 
         arena.available_bytes(),
         "close other programs, or run on a machine with more memory",
     )
-
