@@ -13,7 +13,7 @@ from fiddler_runtime.machine import KNOWN_ISAS
 
 from ..ir import KernelSources, KernelSpec, KernelVariant
 from .names import format_name, format_symbol
-from .targets import TARGETS, Target
+from .targets import NEAR_BLOCK, TARGETS, Target
 
 _LARGEST = 1 << 20
 _VERBATIM = ("exports.map",)
@@ -73,6 +73,7 @@ def generate(hidden_size: int, intermediate_size: int, isas: Sequence[str] | Non
             tile_tokens=variant.tile_tokens,
             tile_vectors=variant.tile_vectors,
             narrow_tiles=target.narrow_tiles,
+            near_block=NEAR_BLOCK,
             k_block=variant.k_block,
         )
     files.update(_headers(targets))

@@ -15,7 +15,7 @@ class Target:
     element_bytes   of an activation: 2 (bf16) or 4 (fp32)
     tile_tokens, tile_vectors  the register tile of many tokens
     narrow_tiles    (most tokens, vectors): wider rows for fewer tokens
-    k_block         inputs whose weights stay in the cache while many tokens pass
+    k_block         inputs whose weights stay in the second-level cache while many tokens pass
     """
 
     isa: str
@@ -31,6 +31,9 @@ class Target:
 
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+
+NEAR_BLOCK = 128
+"""Inputs whose weights (16 KiB) and their successors are in the first-level cache together while few tokens pass."""
 
 # A packed row is 4 zmm or 8 ymm; vectors must divide that.
 TARGETS: dict[str, Target] = {

@@ -209,54 +209,79 @@ class MoeLayer {
     }
   }
 
-  // Takes tasks of a phase until none is left.
+  // One task: some blocks of one expert's weights for some of its rows.
+  struct Place {
+    const uint32_t* packed;
+    int64_t first_block, last_block, first_row, last_row;
+  };
+
+  // Where a task of phase `index` is; `at` is an expert at or before its own, and becomes it.
+  Place locate(const fdl_moe_call& call, int index, int64_t task, int32_t& at) const {
+    while (at + 1 < active_ && experts_[at + 1].first_task[index] <= task) ++at;
+    const Expert& expert = experts_[at];
+    // Chunks of tokens of the same weights follow each other: the second finds them in the shared cache.
+    const int64_t chunks = divide_up(expert.rows, kTokenChunk);
+    const int64_t group = (task - expert.first_task[index]) / chunks;
+    const int64_t chunk = (task - expert.first_task[index]) % chunks;
+    Place place;
+    place.packed = reinterpret_cast<const uint32_t*>(call.experts[expert.id]);
+    place.first_block = group * kGroups[index];
+    place.last_block = std::min(place.first_block + kGroups[index], kBlocks[index]);
+    place.first_row = expert.first_row + expert.rows * chunk / chunks;
+    place.last_row = expert.first_row + expert.rows * (chunk + 1) / chunks;
+    return place;
+  }
+
+  static const uint32_t* weights_of(const Place& place, Phase which, int64_t block) {
+    return which == Phase::gate_up ? place.packed + block * kGateUpBlockLanes
+                                   : place.packed + kDownOffsetLanes + block * kDownBlockLanes;
+  }
+
+  // Takes tasks of a phase until none is left. While many are left a thread claims its next one early, to fetch the weights;
+  // near the end it does not, so that no thread waits for a task that another holds but has not begun.
   void phase(const fdl_moe_call& call, Phase which, int worker) {
     const int index = which == Phase::gate_up ? 0 : 1;
+    const auto claim = [&] { return next_[index].fetch_add(1, std::memory_order_relaxed); };
     int32_t at = 0;
-    for (;;) {
-      const int64_t task = next_[index].fetch_add(1, std::memory_order_relaxed);
-      if (task >= tasks_[index]) return;
-      while (at + 1 < active_ && experts_[at + 1].first_task[index] <= task) ++at;
-      const Expert& expert = experts_[at];
-      // Chunks of tokens of the same weights follow each other: the second finds them in the shared cache.
-      const int64_t chunks = divide_up(expert.rows, kTokenChunk);
-      const int64_t local = task - expert.first_task[index];
-      const int64_t first_block = local / chunks * kGroups[index];
-      const int64_t last_block = std::min(first_block + kGroups[index], kBlocks[index]);
-      const int64_t first_row = expert.first_row + expert.rows * (local % chunks) / chunks;
-      const int64_t last_row = expert.first_row + expert.rows * (local % chunks + 1) / chunks;
-      const auto* packed = reinterpret_cast<const uint32_t*>(call.experts[expert.id]);
-      for (int64_t block = first_block; block < last_block; ++block)
-        which == Phase::gate_up ? gate_up(packed, block, first_row, last_row, worker)
-                                : down(packed, block, first_row, last_row);
+    int64_t task = claim();
+    while (task < tasks_[index]) {
+      const Place place = locate(call, index, task, at);
+      const bool early = task + 4 * pool_.threads() < tasks_[index];
+      const int64_t following = early ? claim() : tasks_[index];
+      const uint32_t* after = nullptr;
+      if (following < tasks_[index]) {
+        const Place then = locate(call, index, following, at);
+        after = weights_of(then, which, then.first_block);
+      }
+      for (int64_t block = place.first_block; block < place.last_block; ++block) {
+        const uint32_t* next = block + 1 < place.last_block ? weights_of(place, which, block + 1) : after;
+        run_block(place, which, block, next, worker);
+      }
+      task = early ? following : claim();
     }
   }
 
-  void gate_up(const uint32_t* packed, int64_t block, int64_t first_row, int64_t last_row, int worker) const {
+  void run_block(const Place& place, Phase which, int64_t block, const uint32_t* next, int worker) const {
     Task task{};
-    task.phase = Phase::gate_up;
-    task.tokens = last_row - first_row;
-    task.weights = packed + block * kGateUpBlockLanes;
-    task.activations = inputs_;
-    task.activation_stride = input_stride_;
-    task.rows = row_inputs_ + first_row;
-    task.sums = sums_ + worker * kTokenChunk * kLanes;
-    task.sum_stride = kLanes;
-    task.intermediate = middle_ + (first_row * middle_stride_ + block * kGateLanes) * variant_.element_bytes;
-    task.intermediate_stride = middle_stride_;
-    task.columns = std::min(kGateLanes, kIntermediate - block * kGateLanes);
-    variant_.run(task);
-  }
-
-  void down(const uint32_t* packed, int64_t block, int64_t first_row, int64_t last_row) const {
-    Task task{};
-    task.phase = Phase::down;
-    task.tokens = last_row - first_row;
-    task.weights = packed + kDownOffsetLanes + block * kDownBlockLanes;
-    task.activations = middle_ + first_row * middle_stride_ * variant_.element_bytes;
-    task.activation_stride = middle_stride_;
-    task.sums = results_ + first_row * result_stride_ + block * kLanes;
-    task.sum_stride = result_stride_;
+    task.phase = which;
+    task.tokens = place.last_row - place.first_row;
+    task.weights = weights_of(place, which, block);
+    task.next = next;
+    if (which == Phase::gate_up) {
+      task.activations = inputs_;
+      task.activation_stride = input_stride_;
+      task.rows = row_inputs_ + place.first_row;
+      task.sums = sums_ + worker * kTokenChunk * kLanes;
+      task.sum_stride = kLanes;
+      task.intermediate = middle_ + (place.first_row * middle_stride_ + block * kGateLanes) * variant_.element_bytes;
+      task.intermediate_stride = middle_stride_;
+      task.columns = std::min(kGateLanes, kIntermediate - block * kGateLanes);
+    } else {
+      task.activations = middle_ + place.first_row * middle_stride_ * variant_.element_bytes;
+      task.activation_stride = middle_stride_;
+      task.sums = results_ + place.first_row * result_stride_ + block * kLanes;
+      task.sum_stride = result_stride_;
+    }
     variant_.run(task);
   }
 

@@ -17,6 +17,7 @@ struct Task {
   Phase phase;
   int64_t tokens;
   const uint32_t* weights;   // the block: [pairs][64] lanes
+  const uint32_t* next;      // the block that this thread works on next, worth fetching; or null
   const void* activations;   // [rows][stride] elements; an odd depth is followed by a zero
   int64_t activation_stride; // elements
   const int32_t* rows;       // [tokens], which activation row each token reads; null: 0, 1, 2, ...
@@ -32,9 +33,10 @@ struct Variant {
   const char* isa;
   const char* symbol;
   bool (*usable)();                        // baseline code: asks the CPU and the operating system
+  int32_t element_bytes;                   // of an activation: 2 or 4
   void (*run)(const Task&);
   double (*burn)(int64_t steps);           // keeps the multiply units busy; returns the floating-point operations done
-  int32_t element_bytes;                   // of an activation: 2 or 4
+  void (*read)(const void*, int64_t);      // reads so many bytes
 };
 
 }  // namespace fdl

@@ -7,7 +7,8 @@ namespace {
 
 struct Tile {
   static constexpr int kTokens = 2;
-  static constexpr int64_t kPairs = 512;
+  static constexpr int64_t kNearPairs = 64;
+  static constexpr int64_t kFarPairs = 512;
   // Vectors of outputs beside each other, by tokens: wide where few tokens leave registers free.
   static constexpr int vectors([[maybe_unused]] int tokens) {
     return 2;
@@ -17,4 +18,5 @@ struct Tile {
 }  // namespace
 
 extern "C" void fdl_bf16_moe_h4096_i14336_m2n2__scalar(const fdl::Task& task) { run<Scalar, Tile>(task); }
-extern "C" double fdl_bf16_moe_h4096_i14336_m2n2__scalar_burn(int64_t steps) { return burn<Scalar, Tile>(steps); }
+extern "C" double fdl_bf16_moe_h4096_i14336_m2n2__scalar_burn(int64_t steps) { return burn<Scalar>(steps); }
+extern "C" void fdl_bf16_moe_h4096_i14336_m2n2__scalar_read(const void* data, int64_t bytes) { read<Scalar>(data, bytes); }

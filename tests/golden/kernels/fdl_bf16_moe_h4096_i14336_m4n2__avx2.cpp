@@ -7,7 +7,8 @@ namespace {
 
 struct Tile {
   static constexpr int kTokens = 4;
-  static constexpr int64_t kPairs = 512;
+  static constexpr int64_t kNearPairs = 64;
+  static constexpr int64_t kFarPairs = 512;
   // Vectors of outputs beside each other, by tokens: wide where few tokens leave registers free.
   static constexpr int vectors([[maybe_unused]] int tokens) {
     return tokens <= 1 ? 8 : tokens <= 2 ? 4 : 2;
@@ -17,4 +18,5 @@ struct Tile {
 }  // namespace
 
 extern "C" void fdl_bf16_moe_h4096_i14336_m4n2__avx2(const fdl::Task& task) { run<Avx2, Tile>(task); }
-extern "C" double fdl_bf16_moe_h4096_i14336_m4n2__avx2_burn(int64_t steps) { return burn<Avx2, Tile>(steps); }
+extern "C" double fdl_bf16_moe_h4096_i14336_m4n2__avx2_burn(int64_t steps) { return burn<Avx2>(steps); }
+extern "C" void fdl_bf16_moe_h4096_i14336_m4n2__avx2_read(const void* data, int64_t bytes) { read<Avx2>(data, bytes); }

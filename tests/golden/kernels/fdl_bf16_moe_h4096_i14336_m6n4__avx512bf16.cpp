@@ -7,7 +7,8 @@ namespace {
 
 struct Tile {
   static constexpr int kTokens = 6;
-  static constexpr int64_t kPairs = 1024;
+  static constexpr int64_t kNearPairs = 64;
+  static constexpr int64_t kFarPairs = 1024;
   // Vectors of outputs beside each other, by tokens: wide where few tokens leave registers free.
   static constexpr int vectors([[maybe_unused]] int tokens) {
     return 4;
@@ -17,4 +18,5 @@ struct Tile {
 }  // namespace
 
 extern "C" void fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16(const fdl::Task& task) { run<Avx512Bf16, Tile>(task); }
-extern "C" double fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16_burn(int64_t steps) { return burn<Avx512Bf16, Tile>(steps); }
+extern "C" double fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16_burn(int64_t steps) { return burn<Avx512Bf16>(steps); }
+extern "C" void fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16_read(const void* data, int64_t bytes) { read<Avx512Bf16>(data, bytes); }

@@ -4,25 +4,37 @@
 extern "C" {
 void fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16(const fdl::Task&);
 double fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16_burn(int64_t);
+void fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16_read(const void*, int64_t);
 void fdl_bf16_moe_h4096_i14336_m8n2__avx512f(const fdl::Task&);
 double fdl_bf16_moe_h4096_i14336_m8n2__avx512f_burn(int64_t);
+void fdl_bf16_moe_h4096_i14336_m8n2__avx512f_read(const void*, int64_t);
 void fdl_bf16_moe_h4096_i14336_m4n2__avx2(const fdl::Task&);
 double fdl_bf16_moe_h4096_i14336_m4n2__avx2_burn(int64_t);
+void fdl_bf16_moe_h4096_i14336_m4n2__avx2_read(const void*, int64_t);
 void fdl_bf16_moe_h4096_i14336_m2n2__scalar(const fdl::Task&);
 double fdl_bf16_moe_h4096_i14336_m2n2__scalar_burn(int64_t);
+void fdl_bf16_moe_h4096_i14336_m2n2__scalar_read(const void*, int64_t);
 }
 
 namespace fdl {
 
 const Variant kVariants[] = {
-    {"avx512_bf16", "fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16", has_avx512_bf16, fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16,
-     fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16_burn, 2},
-    {"avx512f", "fdl_bf16_moe_h4096_i14336_m8n2__avx512f", has_avx512f, fdl_bf16_moe_h4096_i14336_m8n2__avx512f,
-     fdl_bf16_moe_h4096_i14336_m8n2__avx512f_burn, 4},
-    {"avx2", "fdl_bf16_moe_h4096_i14336_m4n2__avx2", has_avx2, fdl_bf16_moe_h4096_i14336_m4n2__avx2,
-     fdl_bf16_moe_h4096_i14336_m4n2__avx2_burn, 4},
-    {"scalar", "fdl_bf16_moe_h4096_i14336_m2n2__scalar", always, fdl_bf16_moe_h4096_i14336_m2n2__scalar,
-     fdl_bf16_moe_h4096_i14336_m2n2__scalar_burn, 4},
+    {"avx512_bf16", "fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16", has_avx512_bf16, 2,
+     fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16,
+     fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16_burn,
+     fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16_read},
+    {"avx512f", "fdl_bf16_moe_h4096_i14336_m8n2__avx512f", has_avx512f, 4,
+     fdl_bf16_moe_h4096_i14336_m8n2__avx512f,
+     fdl_bf16_moe_h4096_i14336_m8n2__avx512f_burn,
+     fdl_bf16_moe_h4096_i14336_m8n2__avx512f_read},
+    {"avx2", "fdl_bf16_moe_h4096_i14336_m4n2__avx2", has_avx2, 4,
+     fdl_bf16_moe_h4096_i14336_m4n2__avx2,
+     fdl_bf16_moe_h4096_i14336_m4n2__avx2_burn,
+     fdl_bf16_moe_h4096_i14336_m4n2__avx2_read},
+    {"scalar", "fdl_bf16_moe_h4096_i14336_m2n2__scalar", always, 4,
+     fdl_bf16_moe_h4096_i14336_m2n2__scalar,
+     fdl_bf16_moe_h4096_i14336_m2n2__scalar_burn,
+     fdl_bf16_moe_h4096_i14336_m2n2__scalar_read},
 };
 const int kVariantCount = 4;
 const char kDescription[] =
