@@ -297,7 +297,7 @@ def _assumptions(calibration: Calibration, trace: Trace | None, model: ModelSpec
     lines = []
     if calibration.provenance != "measured":
         lines.append(
-            f"latencies come from a {calibration.provenance}, not from a measurement ({calibration.source}); "
+            f"latencies come from a {calibration.provenance} of {calibration.name}, not from a measurement; "
             "run `fiddlerc calibrate` on the machine for real ones"
         )
     elif (model.hidden_size, model.intermediate_size) not in {
