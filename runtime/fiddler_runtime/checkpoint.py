@@ -66,7 +66,7 @@ class Checkpoint:
             raise ValueError("read_into needs a contiguous tensor on the CPU")
         if info.nbytes == 0:
             return
-        memory = memoryview(out.detach().view(-1).view(torch.uint8).numpy())
+        memory = out.detach().view(-1).view(torch.uint8).numpy().data
         try:
             # A descriptor of its own and pread: no shared file offset, nothing to close later.
             descriptor = os.open(info.file, os.O_RDONLY)
