@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from fiddler_runtime.machine import this_machine
+from fiddler_runtime.machine import Accelerator, AcceleratorKind, this_machine
 from fiddler_runtime.plan import (
     ABI_VERSION,
     FORMAT_MAJOR,
@@ -60,7 +61,11 @@ def every_third(spec: ModelSpec) -> npt.NDArray[np.bool_]:
 
 
 def write_sample_plan(
-    dest: Path, spec: ModelSpec, *, resident: npt.NDArray[np.bool_] | None = None, accelerator: str = "simulated"
+    dest: Path,
+    spec: ModelSpec,
+    *,
+    resident: npt.NDArray[np.bool_] | None = None,
+    accelerator: AcceleratorKind = "simulated",
 ) -> Plan:
     """A plan whose devices are equally fast, 1 us a token, and whose copies take 25 us an expert.
 
@@ -88,13 +93,11 @@ def write_sample_plan(
     )
     tables = placement.make_tables(spec, latency, ir.Placement(mask, uniform, summary))
     sources = codegen.generate(spec.hidden_size, spec.intermediate_size)
-    here = this_machine()
-    machine = ir.Machine(
-        **{
-            **{name: getattr(here, name) for name in here.__dataclass_fields__},
-            "accelerator": ir.Accelerator(accelerator, "made up", 1 << 30, ""),  # type: ignore[arg-type]
-        }
-    )
+    if accelerator == "cuda":
+        gpu = Accelerator("cuda", "a made up GPU", 1 << 30, "1.0")
+        machine = dataclasses.replace(this_machine("none"), accelerator=gpu)
+    else:
+        machine = this_machine(accelerator)
     header = Header(
         format_major=FORMAT_MAJOR,
         format_minor=FORMAT_MINOR,

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .build import build_kernels
 from .compat import check
 from .errors import FiddlerError, FiddlerWarning
 from .kernels import KernelLibrary
-from .machine import this_machine
+from .machine import AcceleratorKind, this_machine
 from .plan import Plan, read_plan
+from .strategies import choose_device
 
 Progress = Callable[[str, int, int], None]
 
@@ -35,7 +38,7 @@ def load_plan(path: str | Path, *, trust_binaries: bool = False) -> LoadedPlan:
     (FiddlerWarning) about what makes its latencies stale.
     """
     plan = read_plan(Path(path))
-    for difference in check(plan.header, this_machine()):
+    for difference in check(plan.header, this_machine(_device_to_compare(plan))):
         warnings.warn(difference, FiddlerWarning, stacklevel=2)
     binary = None
     if trust_binaries:
@@ -49,6 +52,11 @@ def load_plan(path: str | Path, *, trust_binaries: bool = False) -> LoadedPlan:
             )
         binary = plan.path / names[0]
     return LoadedPlan(plan.path, plan.header, plan.tables, binary)
+
+
+def _device_to_compare(plan: Plan) -> AcceleratorKind:
+    """The device that the engine would choose: see `strategies.choose_device`."""
+    return choose_device(plan, "auto", None, gpu=torch.cuda.is_available())
 
 
 def open_library(plan: Plan, *, progress: Progress | None = None) -> KernelLibrary:

@@ -79,7 +79,7 @@ def test_run_expert_equals_float64_within_bf16_rounding():
     inner = torch.nn.functional.silu(gate) * up
     expected = torch.ones(9, 64, dtype=torch.float64)
     expected[rows] += weights.double()[:, None] * (inner @ down.double().T)
-    # Four bf16 roundings (2^-9 each) of terms no larger than sum |inner| |down|; the maximum over 50 seeds is 0.70 of it.
+    # Four bf16 roundings (2^-9 each) of terms no larger than sum |inner| |down|; over 50 seeds at most 0.70 of it.
     bound = 4 * 2.0**-9 * (inner.abs() @ down.double().abs().T) * weights.double()[:, None]
     assert ((out.double() - expected)[rows].abs() <= bound).all()
     untouched = [r for r in range(9) if r not in rows.tolist()]
