@@ -31,7 +31,7 @@ $(DEMO)/hw.json: | $(READY)
 
 $(DEMO)/plan/plan.json: $(DEMO)/trace.safetensors $(DEMO)/hw.json | $(READY)
 	$(BIN)/fiddlerc compile $(MODEL) --hw $(DEMO)/hw.json --trace $(DEMO)/trace.safetensors \
-	  --gpu-memory 10MiB --context 1024 -o $(DEMO)/plan
+	  --gpu-memory 44MiB --context 1024 -o $(DEMO)/plan
 
 demo: $(DEMO)/plan/plan.json
 	@mkdir -p $(DEMO)

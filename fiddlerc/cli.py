@@ -1,4 +1,7 @@
-"""Arguments in, text out. Data goes to stdout, everything else to stderr; an error is one line and a hint."""
+"""Arguments in, text out. Data goes to stdout, everything else to stderr; an error is one line and a hint.
+
+Commands import the pipeline, and with it torch, when they run: help and wrong usage are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,20 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from fiddler_runtime.errors import FiddlerError, FiddlerWarning
 
-from . import __version__, pipeline
+from . import __version__
 
 app = typer.Typer(
     name="fiddlerc",
-    help="Compile a Mixture-of-Experts model and a machine into a plan, and run it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,14 +38,14 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
 
 
-class ObjectiveOption(str, Enum):
+class ObjectiveOption(StrEnum):
     decode = "decode"
     prefill = "prefill"
     beam = "beam"
     balanced = "balanced"
 
 
-class DeviceOption(str, Enum):
+class DeviceOption(StrEnum):
     auto = "auto"
     cuda = "cuda"
     simulated = "simulated"
@@ -77,13 +78,19 @@ TrustBinaries = Annotated[
 ]
 
 
-@app.callback()
-def main(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"fiddlerc {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Compile a Mixture-of-Experts model and a machine into a plan, and run it."""
 
 
 @app.command("compile")
@@ -109,6 +116,8 @@ def compile_command(
     as_json: Json = False,
 ) -> None:
     """Compile MODEL for the machine HW into a plan."""
+    from . import pipeline
+
     request = pipeline.CompileRequest(
         model=model,
         hardware=hw,
@@ -164,8 +173,12 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Measure this machine."""
-    day = datetime.datetime.now(datetime.timezone.utc).date()
-    source = f"{_command_line()}, {day}"
+    from . import pipeline
+
+    day = datetime.datetime.now(datetime.UTC).date()
+    # Without paths: plans repeat it, and must not tell where the user keeps files.
+    options = [*(["--quick"] if quick else []), *(f"--model {Path(name).name}" for name in model or [])]
+    source = f"{' '.join(['fiddlerc calibrate', *options])}, {day}"
     with _progress() as progress:
         calibration = pipeline.calibrate(
             output,
@@ -208,6 +221,8 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Record which experts text chooses."""
+    from . import pipeline
+
     if (from_counts is None) == (not text):
         raise FiddlerError(
             "a trace comes from text or from counts",
@@ -245,42 +260,46 @@ def trace(
 @app.command()
 def inspect(plan: PlanPath, as_json: Json = False) -> None:
     """Say what a plan holds, without loading it."""
+    from . import pipeline
+
     value = pipeline.inspect_plan(plan)
     if as_json:
         _print_json(value)
         return
     model, hardware, options, placed = value["model"], value["hardware"], value["options"], value["placement"]
     machine = hardware["machine"]
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("format", f"{value['format_major']}.{value['format_minor']}, ABI {value['abi']}")
-    table.add_row(
+
+    def row(label: str, text: str) -> None:
+        out.print(f"{label:11} {text}", markup=False)
+
+    row("format", f"{value['format_major']}.{value['format_minor']}, ABI {value['abi']}")
+    row(
         "model",
         f"{model['name']} ({model['architecture']}): hidden {model['hidden_size']}, intermediate "
         f"{model['intermediate_size']}, {model['num_experts']} experts, top-{model['top_k']}, "
         f"{len(model['moe_layers'])} MoE layers",
     )
-    table.add_row("machine", f"{hardware['name']}: {machine['cpu']}, {machine['cores']} cores")
-    table.add_row("", f"{machine['accelerator']['name']} ({machine['accelerator']['kind']})")
-    table.add_row("provenance", f"{hardware['provenance']}: {hardware['source']}")
-    table.add_row("objective", f"{options['objective']}, context {options['context']}, batch {options['batch']}")
+    row("machine", f"{hardware['name']}: {machine['cpu']}, {machine['cores']} cores")
+    row("", f"{machine['accelerator']['name']} ({machine['accelerator']['kind']})")
+    row("provenance", f"{hardware['provenance']}: {hardware['source']}")
+    row("objective", f"{options['objective']}, context {options['context']}, batch {options['batch']}")
     for item in value["memory"]:
-        table.add_row("memory", f"{format_bytes(item['bytes']):>10}  {item['item']}")
-    table.add_row(
+        row("memory", f"{format_bytes(item['bytes']):>10}  {item['item']}")
+    row(
         "placement",
         f"{placed['resident_experts']} of {placed['total_experts']} experts, hit rate {placed['hit_rate']:.1%} "
         f"(random {placed['random_hit_rate']:.1%}); {placed['basis']}",
     )
     streams = value["tables"]["decode_streams"]
-    table.add_row("decode", ", ".join(f"{m} misses: stream {s}" for m, s in enumerate(streams) if m))
+    row("decode", ", ".join(f"{m} misses: stream {s}" for m, s in enumerate(streams) if m))
     for curve in value["latency"]:
         error = f"held-out error {curve['heldout_median_error']:.1%}" if curve["samples"] else "not measured"
-        table.add_row("latency", f"{curve['quantity']}: {curve['model']}, {error}")
+        row("latency", f"{curve['quantity']}: {curve['model']}, {error}")
     for variant in value["kernels"]["variants"]:
-        table.add_row("kernel", variant["symbol"])
+        row("kernel", variant["symbol"])
     for line in value["assumptions"]:
-        table.add_row("assumption", line)
-    table.add_row("digest", value["digest"])
-    out.print(table)
+        row("assumption", line)
+    row("digest", value["digest"])
 
 
 @app.command()
@@ -290,6 +309,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every byte of a plan, and whether it suits this machine."""
+    from . import pipeline
+
     checked, mismatches = pipeline.verify_plan(plan, model)
     if as_json:
         _print_json({"plan": str(plan), "digest": checked.header.digest, "mismatches": list(mismatches)})
@@ -319,6 +340,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Generate text through a plan."""
+    from . import pipeline
+
     request = pipeline.execution.RunRequest(
         model_dir=model,
         prompt=sys.stdin.read() if prompt == "-" else prompt,
@@ -367,6 +390,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Compare a plan with transformers' own implementation, in one process."""
+    from . import pipeline
+
     request = pipeline.execution.BenchRequest(
         model_dir=model,
         text=text,
@@ -386,18 +411,12 @@ def bench(
     if as_json:
         _print_json({**dataclasses.asdict(result), "command": _command_line()})
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("scenario", "fiddler tok/s", "transformers tok/s", "ratio (low-high)", "expert calls"):
-        table.add_column(heading, justify="left" if heading in ("scenario", "expert calls") else "right")
+    out.print(f"{'':8} {'fiddler':>9} {'transformers':>13} {'ratio (low-high)':>18}   expert calls")
     for s in result.scenarios:
-        table.add_row(
-            f"{s.name}: {s.setting}",
-            f"{s.ours_tokens_per_s:.1f}",
-            f"{s.transformers_tokens_per_s:.1f}",
-            f"{s.ratio_median:.2f} ({s.ratio_low:.2f}-{s.ratio_high:.2f})",
-            _shares(s.expert_calls),
-        )
-    out.print(table)
+        ratio = f"{s.ratio_median:.2f} ({s.ratio_low:.2f}-{s.ratio_high:.2f})"
+        rates = f"{s.ours_tokens_per_s:9.1f} {s.transformers_tokens_per_s:13.1f}"
+        out.print(f"{s.name:8} {rates} {ratio:>18}   {_shares(s.expert_calls)}")
+    out.print("tokens/s; " + "; ".join(f"{s.name}: {s.setting}" for s in result.scenarios))
     machine = result.machine
     out.print(
         f"{machine.cpu}, {machine.cores} cores; kernel {result.engine['isa']}, device {result.engine['device']}; "
@@ -408,6 +427,8 @@ def bench(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine has, what is missing, and the command that mends it."""
+    from . import pipeline
+
     checks = pipeline.doctor()
     if as_json:
         _print_json([dataclasses.asdict(check) for check in checks])
@@ -444,6 +465,9 @@ def run_command_line(arguments: Sequence[str]) -> int:
         usage = getattr(error, "format_message", None)
         if usage is None:
             raise
+        if not arguments:  # `fiddlerc` alone: the message is the help
+            print(usage())
+            return 2
         err.print(f"[red]error:[/] {_escape(usage())}")
         context = getattr(error, "ctx", None)
         err.print(f"[cyan]hint:[/] {context.command_path if context else 'fiddlerc'} --help")
@@ -462,7 +486,7 @@ def format_bytes(count: int) -> str:
 
 def _shares(calls: dict[str, int]) -> str:
     total = sum(calls.values()) or 1
-    return ", ".join(f"{name} {count} ({count / total:.0%})" for name, count in calls.items())
+    return ", ".join(f"{name} {count} ({count / total:.0%})" for name, count in calls.items() if count)
 
 
 def _write_now(text: str) -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from fiddler_runtime.build import build_kernels
-from fiddler_runtime.kernels import KernelLibrary
 
 from fiddler_runtime import compat, strict
 from fiddler_runtime import plan as plan_format
+from fiddler_runtime.build import build_kernels
 from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import this_machine
 from fiddler_runtime.plan import HardwareSummary, Header, Plan
 

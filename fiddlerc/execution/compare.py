@@ -13,7 +13,7 @@ from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import Machine, this_machine
 
 from .clock import StepClock, Timing
-from .loading import Progress, load_model, load_tokenizer, read_text
+from .loading import DeviceChoice, Progress, load_model, load_tokenizer, read_text
 
 SCENARIOS = ("decode", "prefill", "beam")
 OUR_TEXT = Path(__file__).with_name("text.txt")
@@ -31,7 +31,7 @@ class BenchRequest:
     beams: int = 4
     rounds: int = 5
     scenarios: tuple[str, ...] = SCENARIOS
-    device: str = "auto"
+    device: DeviceChoice = "auto"
     isa: str | None = None
     threads: int | None = None
     trust_binaries: bool = False

@@ -10,7 +10,7 @@ from typing import Any
 from fiddler_runtime.errors import FiddlerError
 
 from .clock import StepClock, Timing
-from .loading import Progress, load_model, load_tokenizer
+from .loading import DeviceChoice, Progress, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RunRequest:
     beams: int = 1
     temperature: float = 0.0
     seed: int = 0
-    device: str = "auto"
+    device: DeviceChoice = "auto"
     isa: str | None = None
     threads: int | None = None
     strategies: tuple[str, ...] | None = None

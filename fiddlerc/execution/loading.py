@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fiddler_runtime
 from fiddler_runtime import checkpoint
@@ -12,6 +12,7 @@ from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.plan import Plan
 
 Progress = Callable[[str, int, int], None]
+DeviceChoice = Literal["auto", "cuda", "simulated", "none"]
 
 
 def check_model(plan: Plan, model_dir: Path) -> None:
@@ -37,7 +38,7 @@ def load_model(
     path: Path,
     model_dir: Path,
     *,
-    device: str,
+    device: DeviceChoice,
     isa: str | None,
     threads: int | None,
     strategies: tuple[str, ...] | None,

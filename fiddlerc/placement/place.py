@@ -29,9 +29,8 @@ def place(spec: ModelSpec, popularity: npt.NDArray[np.float64], budget: MemoryBu
     ranks = np.argsort(order, axis=1, kind="stable")
     layer_of = np.repeat(np.arange(layers), experts)
     chosen = np.lexsort((layer_of, ranks.ravel(), -popularity.ravel()))[: budget.resident_experts]
-    resident = np.zeros(layers * experts, np.bool_)
-    resident[chosen] = True
-    resident = resident.reshape(layers, experts)
+    resident = np.zeros((layers, experts), np.bool_)
+    resident.reshape(-1)[chosen] = True
     # fsum rounds once: numpy's sum depends on the CPU's vector width in the last bit, and a plan's bytes must not.
     hits = math.fsum(popularity[resident].tolist()) / layers
     summary = PlacementSummary(

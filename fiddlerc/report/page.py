@@ -12,7 +12,6 @@ from fiddler_runtime.makespan import choose, dense
 from fiddler_runtime.plan import Header
 
 from ..ir import Calibration, LatencyModel, MemoryBudget, Placement, Tables
-from . import figures
 
 PREFILL_TOKENS = (16, 128, 512, 2048)
 
@@ -26,6 +25,8 @@ def render(
     tables: Tables,
 ) -> bytes:
     """The page, UTF-8. The same arguments give the same bytes: nothing in it is dated, random or of this machine."""
+    from . import figures  # matplotlib: only compiling needs it, and it takes a quarter of a second
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.plan import read_plan
-
 from fiddlerc import pipeline
 from fiddlerc.cli import run_command_line
 
