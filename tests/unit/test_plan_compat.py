@@ -1,0 +1,89 @@
+"""What refuses a plan on a machine, what only warns, and the words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from plan_samples import sample_header, sample_machine
+
+from fiddler_runtime import compat
+from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.machine import Accelerator, Machine
+from fiddler_runtime.plan import HardwareSummary, Header, MemoryItem, Options
+
+GPU = Accelerator("cuda", "Made-up GPU", 24 << 30, "600.1, CUDA 13.0")
+
+
+def header_for(machine: Machine, provenance: str = "measured") -> Header:
+    summary = HardwareSummary("made-up", provenance, "tests", machine)  # type: ignore[arg-type]
+    return sample_header(hardware=summary)
+
+
+def test_the_machine_it_was_compiled_for() -> None:
+    assert compat.check(sample_header(), sample_machine()) == ()
+
+
+def test_no_kernel_for_this_cpu() -> None:
+    old = sample_machine(cpu="Old CPU", isa=("scalar",))
+    with pytest.raises(FiddlerError) as raised:
+        compat.check(sample_header(), old)
+    error = raised.value
+    assert error.what == "no kernel of the plan runs on this CPU"
+    assert error.found == "Old CPU, which runs scalar"
+    assert error.expected == "one of avx512_bf16, avx2 (avx2 lacks the CPU flags avx2, fma)"
+    assert error.hint == "compile it for this CPU: fiddlerc compile ... --isa scalar"
+
+
+def test_a_lesser_kernel_runs_and_says_so() -> None:
+    (warning,) = compat.check(sample_header(), sample_machine(isa=("avx2", "scalar")))
+    assert warning.startswith("compiled for avx512_bf16 kernels, running avx2: this CPU lacks avx512_bf16")
+
+
+def test_another_abi() -> None:
+    with pytest.raises(FiddlerError, match="another interface"):
+        compat.check(sample_header(abi=2), sample_machine())
+
+
+@pytest.mark.parametrize(
+    ("here", "words"),
+    [
+        (sample_machine(cpu="Other CPU"), "compiled for the CPU Made-up CPU, running on Other CPU"),
+        (sample_machine(cores=2), "compiled for 8 cores, running on 2"),
+        (sample_machine(memory_bytes=8 << 30), "compiled for 64.0 GiB of memory, running with 8.0 GiB"),
+        (sample_machine(accelerator=GPU), "compiled for a simulated accelerator, here is the GPU Made-up GPU"),
+        (sample_machine(accelerator=replace(GPU, kind="none")), "here is no accelerator"),
+    ],
+)
+def test_differences_that_make_latencies_stale(here: Machine, words: str) -> None:
+    (warning,) = compat.check(sample_header(), here)
+    assert words in warning
+    assert "fiddlerc calibrate -o hw.json" in warning
+
+
+def test_another_gpu_and_another_driver() -> None:
+    planned = header_for(sample_machine(accelerator=GPU))
+    (warning,) = compat.check(planned, sample_machine(accelerator=replace(GPU, name="Other GPU")))
+    assert "compiled for the accelerator Made-up GPU, running on Other GPU" in warning
+    (warning,) = compat.check(planned, sample_machine(accelerator=replace(GPU, driver="601")))
+    assert "compiled with the driver 600.1, CUDA 13.0, running with 601" in warning
+
+
+def test_latencies_that_nobody_measured() -> None:
+    (warning,) = compat.check(header_for(sample_machine(), "data sheet"), sample_machine())
+    assert warning.startswith("latencies come from a data sheet (tests)")
+
+
+def test_a_gpu_too_small_for_the_plan() -> None:
+    big = replace(
+        header_for(sample_machine(accelerator=GPU)),
+        memory=(MemoryItem("non-expert weights", 20 << 30),),
+        options=Options("decode", 128, 1, 24 << 30),
+    )
+    small = sample_machine(accelerator=replace(GPU, name="Small GPU", memory_bytes=8 << 30))
+    with pytest.raises(FiddlerError) as raised:
+        compat.check(big, small)
+    assert raised.value.found == "8.0 GiB"
+    assert raised.value.hint == "fiddlerc compile ... --gpu-memory 8192MiB"
+    # Without a GPU the plan runs on the CPU and fills no GPU memory.
+    assert compat.check(big, sample_machine())
