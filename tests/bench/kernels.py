@@ -1,12 +1,12 @@
 """Speed of the expert kernel beside torch eager (three F.linear in bf16) and beside this machine's limits.
 
-    python -m tests.bench.kernels --shape 4096x14336 --tokens 1,4,16,64 [--isa avx512_bf16] [--threads 2] [--json out.json]
+    python -m tests.bench.kernels --shape 4096x14336 --tokens 1,4,16,64 [--isa avx512_bf16] [--threads 2] [--json x]
 
 One expert per call, its weights rotated through more memory than the last-level cache holds. A repetition measures the
-limits (read bandwidth, peak of the multiply instruction), ours, torch and the limits again, in one process, so that every
-comparison is between neighbours in time. The limits are the best of six probes. A repetition in which a probe of the peak
-fell a fifth below the best shows that something else ran; it is left out and counted. Figures are medians over the other
-repetitions; the spread is from the first to the ninth decile.
+limits (read bandwidth, peak of the multiply instruction), ours, torch and the limits again, in one process, so that
+every comparison is between neighbours in time. The limits are the best of six probes. A repetition in which a probe of
+the peak fell a fifth below the best shows that something else ran; it is left out and counted. Figures are medians over
+the other repetitions; the spread is from the first to the ninth decile.
 """
 
 from __future__ import annotations

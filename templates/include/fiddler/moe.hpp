@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -73,34 +72,40 @@ class MoeLayer {
     }
     arrange();
     sort_rows(call);
-    next_[0].store(0, std::memory_order_relaxed);
-    next_[1].store(0, std::memory_order_relaxed);
-    const bool gather_alone = gathered_ * kHidden < kSerialElements;
-    const bool combine_alone = call.tokens * kHidden < kSerialElements;
-    if (gather_alone) gather(call, 0, gathered_);
+    const bool alone = active_ * kPackedBytes + rows_ * kRowCost < kAloneCost;
+    gathering_.reset(gathered_ * kHidden < kSerialElements ? 0 : divide_up(gathered_, kTokenStep));
+    combining_.reset(call.tokens * kHidden < kSerialElements ? 0 : divide_up(call.tokens, kTokenStep));
+    if (gathering_.total() == 0) gather(call, 0, gathered_);
     auto region = [&](int worker) {
-      if (!gather_alone) {
-        gather(call, gathered_ * worker / pool_.threads(), gathered_ * (worker + 1) / pool_.threads());
-        pool_.barrier();
-      }
+      gathering_.work_off(pool_, [&](int64_t i) {
+        gather(call, i * kTokenStep, std::min((i + 1) * kTokenStep, gathered_));
+      });
       phase(call, Phase::gate_up, worker);
-      pool_.barrier();
       phase(call, Phase::down, worker);
-      if (!combine_alone) {
-        pool_.barrier();
-        combine(call, call.tokens * worker / pool_.threads(), call.tokens * (worker + 1) / pool_.threads());
-      }
+      combining_.work_off(pool_, [&](int64_t i) {
+        combine(call, i * kTokenStep, std::min((i + 1) * kTokenStep, call.tokens));
+      });
     };
-    if (!pool_.run(region)) return FDL_E_THREAD;
-    if (combine_alone) combine(call, 0, call.tokens);
+    if (alone) {
+      region(0);
+    } else if (!pool_.run(region)) {
+      return FDL_E_THREAD;
+    }
+    if (combining_.total() == 0) combine(call, 0, call.tokens);
     return FDL_OK;
   }
 
  private:
   // Tokens of an expert that one task takes: their sums stay in the second-level cache.
   static constexpr int64_t kTokenChunk = 256;
-  // Below so many elements a copy or a sum is quicker than another barrier.
+  // Below so many elements one thread copies or adds sooner than several agree to.
   static constexpr int64_t kSerialElements = 32768;
+  // Tokens copied or added up by one task.
+  static constexpr int64_t kTokenStep = 16;
+  // A layer that reads fewer bytes of weights than this is done before another thread would have woken. Computing on a row
+  // takes time as well: about that of reading a 32nd of the weights.
+  static constexpr int64_t kAloneCost = 384 * 1024;
+  static constexpr int64_t kRowCost = kPackedBytes / 32;
   // Weights of one task, at least: what a thread streams in some microseconds.
   static constexpr int64_t kTaskBytes = 128 * 1024;
   // Room that keeps consecutive rows out of the same cache sets when the sizes are powers of two.
@@ -149,8 +154,7 @@ class MoeLayer {
       for (int phase = 0; phase < 2; ++phase)
         tasks[phase] += divide_up(kBlocks[phase], kGroups[phase]) * divide_up(counts_[id], kTokenChunk);
     }
-    tasks_[0] = tasks[0];
-    tasks_[1] = tasks[1];
+    for (int phase = 0; phase < 2; ++phase) computing_[phase].reset(tasks[phase]);
     return true;
   }
 
@@ -241,15 +245,15 @@ class MoeLayer {
   // near the end it does not, so that no thread waits for a task that another holds but has not begun.
   void phase(const fdl_moe_call& call, Phase which, int worker) {
     const int index = which == Phase::gate_up ? 0 : 1;
-    const auto claim = [&] { return next_[index].fetch_add(1, std::memory_order_relaxed); };
+    Tasks& tasks = computing_[index];
     int32_t at = 0;
-    int64_t task = claim();
-    while (task < tasks_[index]) {
+    int64_t task = tasks.claim();
+    while (task < tasks.total()) {
       const Place place = locate(call, index, task, at);
-      const bool early = task + 4 * pool_.threads() < tasks_[index];
-      const int64_t following = early ? claim() : tasks_[index];
+      const bool early = task + 4 * pool_.threads() < tasks.total();
+      const int64_t following = early ? tasks.claim() : tasks.total();
       const uint32_t* after = nullptr;
-      if (following < tasks_[index]) {
+      if (following < tasks.total()) {
         const Place then = locate(call, index, following, at);
         after = weights_of(then, which, then.first_block);
       }
@@ -257,8 +261,10 @@ class MoeLayer {
         const uint32_t* next = block + 1 < place.last_block ? weights_of(place, which, block + 1) : after;
         run_block(place, which, block, next, worker);
       }
-      task = early ? following : claim();
+      tasks.complete();
+      task = early ? following : tasks.claim();
     }
+    tasks.wait(pool_);
   }
 
   void run_block(const Place& place, Phase which, int64_t block, const uint32_t* next, int worker) const {
@@ -313,7 +319,6 @@ class MoeLayer {
   // Of the call in progress.
   int64_t tokens_ = 0, choices_ = 0, rows_ = 0, gathered_ = 0;
   int32_t active_ = 0;
-  int64_t tasks_[2] = {0, 0};
   int32_t* counts_ = nullptr;
   Expert* experts_ = nullptr;
   int32_t* gathered_tokens_ = nullptr;
@@ -324,12 +329,7 @@ class MoeLayer {
   char* middle_ = nullptr;
   float* results_ = nullptr;
   float* sums_ = nullptr;
-  struct alignas(64) Counter {
-    std::atomic<int64_t> value{0};
-    void store(int64_t v, std::memory_order order) { value.store(v, order); }
-    int64_t fetch_add(int64_t v, std::memory_order order) { return value.fetch_add(v, order); }
-  };
-  Counter next_[2];
+  Tasks gathering_, computing_[2], combining_;
 };
 
 }  // namespace fdl

@@ -1,7 +1,8 @@
 // A pool of threads for short parallel regions: they spin briefly between regions, then sleep.
 //
-// The caller of run() is worker 0. Nothing here allocates after construction. After a fork the child starts threads of its
-// own at its next region.
+// The caller of run() is worker 0. The others join a region if they wake in time: work is handed out as tasks, so a thread
+// that the system runs late delays nobody. Nothing here allocates after construction. After a fork the child starts threads
+// of its own at its next region.
 #pragma once
 
 #include <linux/futex.h>
@@ -38,16 +39,22 @@ class Event {
     if (sleepers_.load() > 0) futex(FUTEX_WAKE_PRIVATE, INT_MAX);
   }
 
+  // Spins for at most spin_ns before sleeping; soon it offers its CPU to other threads between looks: the one waited for may
+  // need it.
   void wait_while(uint32_t old, int64_t spin_ns) {
     if (value() != old) return;
     if (spin_ns > 0) {
-      const int64_t end = now_ns() + spin_ns;
+      constexpr int64_t kPauseNs = 4'000;
+      const int64_t begin = now_ns();
+      int64_t spent = 0;
       do {
         for (int i = 0; i < 16; ++i) {
           if (value() != old) return;
           __builtin_ia32_pause();
         }
-      } while (now_ns() < end);
+        if (spent > kPauseNs) sched_yield();
+        spent = now_ns() - begin;
+      } while (spent < spin_ns);
     }
     sleepers_.fetch_add(1);
     while (value_.load() == old) futex(FUTEX_WAIT_PRIVATE, old);
@@ -65,9 +72,9 @@ class Event {
 
 class Pool {
  public:
-  // A worker waits for its next region this long before it sleeps, and for the others at a barrier that long.
+  // How long a worker waits for its next region before it sleeps, and a member of a region for the others.
   static constexpr int64_t kIdleSpinNs = 30'000;
-  static constexpr int64_t kBarrierSpinNs = 200'000;
+  static constexpr int64_t kRegionSpinNs = 200'000;
 
   explicit Pool(int threads) : threads_(threads) {}
   Pool(const Pool&) = delete;
@@ -88,33 +95,29 @@ class Pool {
     return launch();
   }
 
-  // Calls job(worker) on every worker and returns when all are done. `job` must not throw. One caller at a time.
+  // Calls job(0) here and job(i) on the workers that come before it has returned; returns when all that came are done.
+  // `job` takes its work from shared counters and must not throw. One caller at a time.
   template <class Job>
   bool run(Job& job) {
+    if (threads_ > 1 && (process_ != getpid() ? !restart_after_fork() : started_ != threads_)) return false;
     if (threads_ == 1) {
       job(0);
       return true;
     }
-    if (process_ != getpid() ? !restart_after_fork() : started_ != threads_) return false;
     call_ = [](void* context, int worker) { (*static_cast<Job*>(context))(worker); };
     context_ = &job;
+    members_.fetch_and(~kClosed);
     start_.advance();
     job(0);
-    barrier();
-    return true;
-  }
-
-  // Inside a region: returns when every worker has arrived.
-  void barrier() {
-    if (threads_ == 1) return;
-    const uint32_t phase = arrived_all_.value();
-    if (arrived_.fetch_add(1) == threads_ - 1) {
-      arrived_.store(0, std::memory_order_relaxed);
-      arrived_all_.advance();
-    } else {
-      arrived_all_.wait_while(phase, spin(kBarrierSpinNs));
+    members_.fetch_or(kClosed);
+    for (;;) {
+      const uint32_t seen = left_.value();
+      if ((members_.load() & ~kClosed) == 0) return true;
+      left_.wait_while(seen, region_spin());
     }
   }
+
+  int64_t region_spin() const { return spin(kRegionSpinNs); }
 
  private:
   struct Worker {
@@ -154,12 +157,13 @@ class Pool {
   }
 
   void serve(int index) {
-    // Threads are only started between regions, so the first region is the first change seen.
-    for (uint32_t seen = first_;; ++seen) {
+    for (uint32_t seen = 0;;) {
       start_.wait_while(seen, spin(kIdleSpinNs));
+      seen = start_.value();
       if (stopping_.load(std::memory_order_acquire)) return;
-      call_(context_, index);
-      barrier();
+      // Whoever comes after the region was closed has no business with it; the count is right either way.
+      if ((members_.fetch_add(1) & kClosed) == 0) call_(context_, index);
+      if (members_.fetch_sub(1) == (kClosed | 1)) left_.advance();
     }
   }
 
@@ -172,11 +176,11 @@ class Pool {
     started_ = 1;
   }
 
-  // The parent's threads do not exist in a child. Its counters may have been caught in the middle of a region.
+  // The parent's threads do not exist in a child, and its counters may have been caught in the middle of a region.
   bool restart_after_fork() {
     new (&start_) Event;
-    new (&arrived_all_) Event;
-    arrived_.store(0);
+    new (&left_) Event;
+    members_.store(kClosed);
     return launch();
   }
 
@@ -187,12 +191,56 @@ class Pool {
   std::unique_ptr<Worker[]> workers_;
   void (*call_)(void*, int) = nullptr;
   void* context_ = nullptr;
-  static constexpr uint32_t first_ = 0;
   std::atomic<bool> stopping_{false};
+  static constexpr uint32_t kClosed = 1u << 31;
   // Apart, so that waiting on one does not slow writes to another.
   alignas(64) Event start_;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) Event arrived_all_;
+  alignas(64) std::atomic<uint32_t> members_{kClosed};  // in the region now; kClosed: none may begin
+  alignas(64) Event left_;
+};
+
+// Numbered tasks that the members of a region take, and the wait until all are done.
+class Tasks {
+ public:
+  // Between regions only.
+  void reset(int64_t total) {
+    total_ = total;
+    next_.store(0, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+  }
+
+  int64_t total() const { return total_; }
+
+  // A task of its own for the caller, or a number from total() on if there is none left.
+  int64_t claim() { return next_.fetch_add(1, std::memory_order_relaxed); }
+
+  void complete() {
+    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == total_) all_done_.advance();
+  }
+
+  // Does tasks until none is left, then waits for those that others took.
+  template <class Work>
+  void work_off(const Pool& pool, Work work) {
+    for (int64_t task; (task = claim()) < total_;) {
+      work(task);
+      complete();
+    }
+    wait(pool);
+  }
+
+  void wait(const Pool& pool) {
+    for (;;) {
+      const uint32_t seen = all_done_.value();
+      if (done_.load(std::memory_order_acquire) == total_) return;
+      all_done_.wait_while(seen, pool.region_spin());
+    }
+  }
+
+ private:
+  int64_t total_ = 0;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
+  Event all_done_;
 };
 
 }  // namespace fdl
