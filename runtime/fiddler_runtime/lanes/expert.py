@@ -26,7 +26,7 @@ def run_expert(
     """
     gate, up = F.linear(hidden.index_select(0, rows), gate_up).chunk(2, dim=-1)
     result = F.linear(F.silu(gate).mul_(up), down)
-    out.index_add_(0, rows, result.float().mul_(weights.unsqueeze(1)))
+    out.index_add_(0, rows, result * weights.unsqueeze(1))
 
 
 def unpack_expert(packed: torch.Tensor, hidden_size: int, intermediate_size: int) -> tuple[torch.Tensor, torch.Tensor]:
