@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sysconfig
 import threading
 from collections.abc import Callable
@@ -182,3 +183,30 @@ def test_a_full_disk(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_folder_without_sources(tmp_path: Path) -> None:
     with pytest.raises(FiddlerError, match="no kernel sources"):
         build.build_kernels(tmp_path)
+
+
+def _cmake(*arguments: str) -> subprocess.CompletedProcess[str]:
+    cmake = build.find_toolchain().cmake
+    return subprocess.run([str(cmake), *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_cmake_at_the_top_builds_a_plan(sources: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan"
+    sources.rename(tmp_path / "moved")
+    plan.mkdir()
+    (tmp_path / "moved").rename(plan / "kernels")
+    top, work = str(Path(__file__).parents[2]), str(tmp_path / "work")
+    configured = _cmake("-S", top, "-B", work, f"-DFIDDLER_PLAN={plan}")
+    assert configured.returncode == 0, configured.stderr
+    built = _cmake("--build", work)
+    assert built.returncode == 0, built.stdout
+    assert (tmp_path / "work" / "libfdl_bf16_moe_h8_i8.so").is_file()
+
+
+def test_cmake_at_the_top_asks_for_a_plan(tmp_path: Path) -> None:
+    top = str(Path(__file__).parents[2])
+    none = _cmake("-S", top, "-B", str(tmp_path / "none"))
+    assert none.returncode != 0 and "-DFIDDLER_PLAN=plans/NAME" in none.stderr
+    wrong = _cmake("-S", top, "-B", str(tmp_path / "wrong"), f"-DFIDDLER_PLAN={tmp_path}")
+    assert wrong.returncode != 0 and "it is not a plan" in wrong.stderr
