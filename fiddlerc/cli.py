@@ -38,6 +38,9 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
 
 
+INTERRUPTED = 130
+
+
 class ObjectiveOption(StrEnum):
     decode = "decode"
     prefill = "prefill"
@@ -228,6 +231,7 @@ def trace(
             "a trace comes from text or from counts",
             found="both" if text else "neither",
             expected="--text FILE or --from-counts JSON",
+            hint="fiddlerc trace MODEL_DIR --text FILE -o trace.safetensors",
         )
     if from_counts is not None:
         result = pipeline.import_counts(model, from_counts, output)
@@ -448,6 +452,8 @@ def run_command_line(arguments: Sequence[str]) -> int:
     warnings.simplefilter("always", FiddlerWarning)
     try:
         status = typer.main.get_command(app).main(args=list(arguments), prog_name="fiddlerc", standalone_mode=False)
+        if status == INTERRUPTED:  # typer's way of reporting Ctrl-C
+            raise KeyboardInterrupt
         return int(status or 0)
     except FiddlerError as error:
         err.print(f"[red]error:[/] {_escape(error.line)}")
@@ -456,7 +462,7 @@ def run_command_line(arguments: Sequence[str]) -> int:
         return 1
     except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted")
-        return 130
+        return INTERRUPTED
     except typer.Exit as stop:
         return stop.exit_code
     except BrokenPipeError:

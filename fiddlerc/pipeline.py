@@ -277,6 +277,7 @@ def _options(request: CompileRequest, model: ModelSpec, calibration: Calibration
             "--context is out of range",
             found=context,
             expected=f"1 to {model.max_context}, the most {model.name} was trained for",
+            hint=f"--context {min(max(context, 1), model.max_context)}",
         )
     batch = request.batch
     if batch is None:

@@ -22,8 +22,8 @@ _VERBATIM = ("exports.map",)
 def generate(hidden_size: int, intermediate_size: int, isas: Sequence[str] | None = None) -> KernelSources:
     """The sources of the kernel library of one expert shape: C++, its headers, CMakeLists.txt.
 
-    isas  instruction sets to include, of KNOWN_ISAS; None is all of them. "scalar" is always added, so that the library
-          runs everywhere.
+    isas  instruction sets to include, of KNOWN_ISAS; None is all of them. Only with "scalar" among them does the
+          library run everywhere.
     Raises FiddlerError for sizes outside 1 .. 2^20 and for unknown instruction sets.
     """
     for what, size in (("hidden size", hidden_size), ("intermediate size", intermediate_size)):
@@ -92,7 +92,9 @@ def _wanted(isas: Sequence[str] | None) -> tuple[str, ...]:
                 expected="one of " + ", ".join(KNOWN_ISAS),
                 hint="fiddlerc doctor   (lists what this machine has)",
             )
-    return tuple(isa for isa in KNOWN_ISAS if isa in isas or isa == "scalar")
+    if not isas:
+        raise FiddlerError("no instruction set to generate kernels for", expected="one of " + ", ".join(KNOWN_ISAS))
+    return tuple(isa for isa in KNOWN_ISAS if isa in isas)
 
 
 def _variant(target: Target, hidden_size: int, intermediate_size: int) -> KernelVariant:

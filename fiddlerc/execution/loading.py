@@ -24,6 +24,7 @@ def load_tokenizer(model_dir: Path) -> Any:
     """The directory's tokenizer. Raises FiddlerError if it has none."""
     from transformers import AutoTokenizer
 
+    checkpoint.read_config(model_dir)  # says it better than transformers if there is no such directory
     try:
         return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -57,6 +58,8 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise FiddlerError(f"cannot read the text file {path}", found=error.strerror) from None
+        raise FiddlerError(
+            f"cannot read the text file {path}", found=error.strerror, expected="a UTF-8 text file"
+        ) from None
     except UnicodeDecodeError:
         raise FiddlerError(f"cannot read the text file {path}", found="bytes that are not UTF-8") from None

@@ -47,6 +47,11 @@ def check(header: Header, machine: Machine) -> tuple[str, ...]:
     if runs != best and best in planned.isa:
         lacking = ", ".join(flag for flag in ISA_FLAGS[best] if flag not in ISA_FLAGS[runs])
         warnings.append(f"compiled for {best} kernels, running {runs}: this CPU lacks {best} ({lacking}); {mend}")
+    if runs == "scalar" and len(header.kernels.variants) > 1:
+        warnings.append(
+            "running the scalar kernels, which are many times slower: this CPU has no vector instructions "
+            "that the plan was compiled for"
+        )
     return tuple(warnings)
 
 

@@ -1,0 +1,177 @@
+"""What the command line says: help, and one line and a hint for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fiddler_runtime import strict
+from fiddlerc import pipeline
+from fiddlerc.cli import run_command_line
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "examples" / "tiny-mixtral"
+CATALOG = ROOT / "fiddlerc" / "hardware" / "catalog"
+COMMANDS = ("compile", "calibrate", "trace", "inspect", "verify", "run", "bench", "doctor")
+Golden = Callable[[str, str], None]
+
+
+@pytest.fixture(autouse=True)
+def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help(command: str, golden: Golden, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command_line([*command.split(), "--help"]) == 0
+    text = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines()) + "\n"
+    golden(f"help/{command or 'fiddlerc'}.txt", text)
+
+
+def half_a_checkpoint(folder: Path) -> Path:
+    """An index that names two shards, one of which was never downloaded."""
+    model = folder / "half"
+    shutil.copytree(DEMO, model)
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    return model
+
+
+def truncated(folder: Path) -> Path:
+    model = folder / "truncated"
+    shutil.copytree(DEMO, model)
+    os.truncate(model / "model.safetensors", 1_000_000)
+    return model
+
+
+def with_config(folder: Path, name: str, **changes: object) -> Path:
+    """The demo model's directory without weights, with another config.json."""
+    model = folder / name
+    model.mkdir()
+    config = {**json.loads((DEMO / "config.json").read_text()), **changes}
+    (model / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def plan(folder: Path, **changes: object) -> Path:
+    request = {"model": str(DEMO), "hardware": "a100", "output": folder / "plan", "build": False, **changes}
+    return pipeline.compile_plan(pipeline.CompileRequest(**request)).plan.path  # type: ignore[arg-type]
+
+
+def newer_plan(folder: Path) -> Path:
+    path = plan(folder)
+    header = json.loads((path / "plan.json").read_text())
+    header["format_major"] = 9
+    (path / "plan.json").write_bytes(strict.dump(header))
+    return path
+
+
+def hardware_with_unknown_key(folder: Path) -> Path:
+    value = json.loads((CATALOG / "a100.json").read_text())
+    value["limits"]["cpu_speed"] = 1
+    path = folder / "hw.json"
+    path.write_text(json.dumps(value))
+    return path
+
+
+def trace_of_another_model(folder: Path) -> Path:
+    path = folder / "trace.safetensors"
+    counts = {"model": "x", "text": "y", "tokens": 8, "counts": [[2] * 8] * 32}
+    (folder / "counts.json").write_text(json.dumps(counts))
+    pipeline.import_counts("mixtral", folder / "counts.json", path)
+    return path
+
+
+def compile_demo(*extra: object) -> list[object]:
+    return ["compile", DEMO, "--hw", "a100", "--no-build", "-o", "out", *extra]
+
+
+MISTAKES: dict[str, Callable[[Path], list[object]]] = {
+    "no-such-model": lambda f: ["compile", "nonsense", "--hw", "a100"],
+    "half-a-checkpoint": lambda f: ["compile", half_a_checkpoint(f), "--hw", "a100"],
+    "truncated-shard": lambda f: ["compile", truncated(f), "--hw", "a100"],
+    "unknown-architecture": lambda f: [
+        "compile", with_config(f, "odd", architectures=["OddForCausalLM"], model_type="odd"), "--hw", "a100",
+    ],
+    "no-such-hardware": lambda f: ["compile", DEMO, "--hw", "z9000"],
+    "hardware-unknown-key": lambda f: ["compile", DEMO, "--hw", hardware_with_unknown_key(f)],
+    "trace-of-another-model": lambda f: compile_demo("--trace", trace_of_another_model(f)),
+    "no-such-trace": lambda f: compile_demo("--trace", f / "none.safetensors"),
+    "gpu-budget": lambda f: ["compile", "mixtral", "--hw", "a100", "--gpu-memory", "1GiB"],
+    "gpu-memory-unit": lambda f: compile_demo("--gpu-memory", "24 gallons"),
+    "context": lambda f: compile_demo("--context", "4096"),
+    "unknown-isa": lambda f: compile_demo("--isa", "sse9"),
+    "output-is-a-file": lambda f: ["compile", DEMO, "--hw", "a100", "--no-build", "-o", DEMO / "config.json"],
+    "newer-plan": lambda f: ["verify", newer_plan(f)],
+    "not-a-plan": lambda f: ["inspect", DEMO],
+    "no-such-plan": lambda f: ["verify", f / "nowhere"],
+    "another-model": lambda f: ["verify", plan(f), "--model", with_config(f, "wide", hidden_size=256)],
+    "trace-without-text": lambda f: ["trace", DEMO, "-o", f / "t"],
+    "trace-of-a-name": lambda f: ["trace", "mixtral", "--text", DEMO / "config.json", "-o", f / "t"],
+    "text-that-is-missing": lambda f: ["trace", DEMO, "--text", f / "none.txt", "-o", f / "t"],
+    "no-model-directory": lambda f: ["run", plan(f), "--model", f / "none", "--prompt", "a"],
+    "unknown-scenario": lambda f: ["bench", plan(f), "--model", DEMO, "--scenarios", "coffee"],
+    "unknown-command": lambda f: ["compil"],
+    "missing-option": lambda f: ["compile", "mixtral"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(
+    mistake: str, tmp_path: Path, golden: Golden, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "cwd"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    arguments = [str(part) for part in MISTAKES[mistake](tmp_path)]
+    capsys.readouterr()
+    status = run_command_line(arguments)
+    captured = capsys.readouterr()
+    assert status in (1, 2)
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert len([line for line in captured.err.splitlines() if line.startswith("error:")]) == 1
+    assert list(work.iterdir()) == [], "something half-written stayed behind"
+    text = captured.err.replace(str(tmp_path), "TMP").replace(str(ROOT), "ROOT")
+    golden(f"errors/{mistake}.txt", re.sub(r"[0-9a-f]{16,}", "HASH", text))
+
+
+def test_a_plan_for_an_instruction_set_that_this_cpu_lacks(
+    tmp_path: Path, golden: Golden, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fiddler_runtime.machine import Accelerator, Machine
+
+    old = Machine("Old CPU", 4, ("avx2", "scalar"), 1, 1, 1, 1, 1 << 34, Accelerator("none", "none", 0, ""))
+    monkeypatch.setattr(pipeline, "this_machine", lambda: old)
+    path = plan(tmp_path, isas=("avx512_bf16",))
+    assert run_command_line(["verify", str(path)]) == 1
+    golden("errors/isa-this-cpu-lacks.txt", capsys.readouterr().err.replace(str(tmp_path), "TMP"))
+
+
+def test_no_compiler(
+    tmp_path: Path, golden: Golden, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("FIDDLER_CACHE", str(tmp_path / "cache"))
+    assert run_command_line(["compile", str(DEMO), "--hw", "a100", "-o", str(tmp_path / "plan")]) == 1
+    golden("errors/no-compiler.txt", capsys.readouterr().err)
+    assert not (tmp_path / "plan").exists()
+
+
+def test_interrupt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.codegen, "generate", interrupted)
+    assert run_command_line(["compile", str(DEMO), "--hw", "a100", "-o", str(tmp_path / "plan")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert list(tmp_path.iterdir()) == []
