@@ -79,7 +79,7 @@ def _find(config: Config) -> Architecture:
             f"unknown architecture in {config.where}",
             found=f"model_type {model_type}",
             expected="one of " + ", ".join(row.model_type for row in ARCHITECTURES),
-            hint="docs/models.md lists what is supported and how a family is added",
+            hint="docs/models.md lists what is supported",
         )
     row = rows[0]
     classes = config.values.get("architectures") or [row.class_name]

@@ -29,8 +29,11 @@ _STYLE = {
 }
 
 
-def latency(header: Header, calibration: Calibration, fitted: LatencyModel) -> str:
-    """c(n), and g(n) with and without the copy, over tokens; measured samples of the model's own shape as dots."""
+def latency(header: Header, calibration: Calibration, fitted: LatencyModel, crossover: int | None) -> str:
+    """c(n), and g(n) with and without the copy, over tokens; measured samples of the model's own shape as dots.
+
+    crossover  tokens from which streaming one expert beats the CPU, marked by a line
+    """
     model = header.model
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7.2, 4.0))
@@ -41,22 +44,19 @@ def latency(header: Header, calibration: Calibration, fitted: LatencyModel) -> s
             streamed = fitted.gpu_us[1:] + fitted.stream_us
             axes.plot(tokens, fitted.gpu_us[1:], color=GPU, label="(a) resident, g(n)")
             axes.plot(tokens, streamed, color=COPY, linestyle="--", label="(b) streamed, w + g(n)")
-            cheaper = np.flatnonzero(streamed < fitted.cpu_us[1:])
-            if cheaper.size:
-                crossing = int(tokens[cheaper[0]])
-                axes.axvline(crossing, color=COPY, linewidth=0.8, linestyle=":")
-                axes.annotate(
-                    f"alone, streaming wins from {crossing} tokens",
-                    (crossing, axes.get_ylim()[0]),
-                    xytext=(4, 6),
-                    textcoords="offset points",
-                    rotation=90,
+            if crossover is not None:
+                axes.axvline(crossover, color=COPY, linewidth=0.8, linestyle=":")
+                axes.text(
+                    crossover,
+                    0.02,
+                    f" {crossover} tokens",
+                    transform=axes.get_xaxis_transform(),
                     fontsize=8,
                     color=COPY,
                 )
         for quantity, color, entry_us in (
             ("cpu_expert", CPU, fitted.cpu_overhead_us),
-            ("gpu_expert", GPU, 0.0),
+            ("gpu_expert", GPU, fitted.gpu_overhead_us),
         ):
             own = [
                 s

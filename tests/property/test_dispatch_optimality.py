@@ -86,7 +86,7 @@ def random_layer(rng: Rng) -> tuple[Counts, Mask]:
         # Measured with this seed: worst 1.0490, mean 1.00008. 20,000 layers of another seed: 1.0502 and 1.00003, so
         # that 1.05 is what to expect here and not a bound.
         (gpu_machine, 1.05, 1.005),
-        # Measured with this seed: worst 1.4112, mean 1.0150; 6,000 layers of another: 1.5103 and 1.0161. An expert costs
+        # Measured with this seed: worst 1.4112, mean 1.0150; 6,000 layers of another: 1.5103, 1.0161. An expert costs
         # the accelerator as much as the CPU here, so that how the work is parted matters, and taking the largest
         # experts first is not always the best way to part it.
         (simulated_machine, 1.55, 1.02),
