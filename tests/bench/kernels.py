@@ -118,10 +118,10 @@ def _measure(kernels: Kernels, weights: _Weights, tokens: int, repetitions: int)
         done.append(Repetition(ours_us, torch_us, read, max(peaks), min(peaks) >= (1 - _DISTURBED) * max(peaks)))
         _say(f"\r{tokens:5} tokens: repetition {index + 1} of {repetitions}", end="")
     kept = [r for r in done if r.steady]
-    return _row(weights, tokens, kept or done, len(done) - len(kept))
+    return _row(weights, tokens, kept or done, len(done), len(done) - len(kept))
 
 
-def _row(weights: _Weights, tokens: int, kept: list[Repetition], rejected: int) -> dict[str, object]:
+def _row(weights: _Weights, tokens: int, kept: list[Repetition], repetitions: int, rejected: int) -> dict[str, object]:
     weight_bytes = 3 * weights.hidden * weights.intermediate * 2
     flops = 6 * weights.hidden * weights.intermediate * tokens
 
@@ -141,13 +141,14 @@ def _row(weights: _Weights, tokens: int, kept: list[Repetition], rejected: int) 
         "ours_gflops": statistics.median(flops / r.ours_us / 1e3 for r in kept),
         "read_gbps": statistics.median(r.read_gbps for r in kept),
         "peak_gflops": statistics.median(r.peak_gflops for r in kept),
-        "repetitions": len(kept),
+        "repetitions": repetitions,
         "rejected": rejected,
     }
     _say(
         "\r{tokens:5} tokens: ours {ours_us:9.0f} us, torch {torch_us:9.0f} us, ratio {torch_over_ours:5.2f}, "
         "roofline {ours_roofline:4.0%} (torch {torch_roofline:4.0%}), {ours_gbps:5.1f} of {read_gbps:5.1f} GB/s, "
-        "{ours_gflops:6.0f} of {peak_gflops:6.0f} GFLOP/s, {rejected} rejected".format(**row)
+        "{ours_gflops:6.0f} of {peak_gflops:6.0f} GFLOP/s, {rejected} of {repetitions} rejected".format(**row)
+        + (" (none was left: figures of a disturbed machine)" if rejected == repetitions else "")
     )
     return row
 
