@@ -81,7 +81,17 @@ def placement(header: Header, placed: Placement) -> str:
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
         figure = Figure(figsize=(7.2, min(7.0, max(2.2, 1.2 + 0.17 * layers))))
         axes = figure.add_subplot()
-        image = axes.imshow(placed.popularity * experts, aspect="auto", cmap="YlOrBr", vmin=0.0, rasterized=True)
+        shares = placed.popularity * experts
+        # At least to twice the mean: a nearly uniform popularity should look like one.
+        image = axes.imshow(
+            shares,
+            aspect="auto",
+            cmap="YlOrBr",
+            vmin=0.0,
+            vmax=max(2.0, float(shares.max())),
+            interpolation="nearest",
+            rasterized=True,
+        )
         rows, columns = np.nonzero(placed.resident)
         size = max(1.0, min(6.0, 300.0 / experts))
         axes.plot(columns, rows, "o", color=GPU, markersize=size, label="on the accelerator")

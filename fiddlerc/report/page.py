@@ -27,8 +27,6 @@ def render(
     """The page, UTF-8. The same arguments give the same bytes: nothing in it is dated, random or of this machine."""
     from . import figures  # matplotlib: only compiling needs it, and it takes a quarter of a second
 
-    from . import figures  # matplotlib: half a second that no other command should pay
-
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -38,7 +36,7 @@ def render(
     )
     environment.filters["bytes"] = format_bytes
     environment.filters["time"] = format_us
-    crossover = crossover_tokens(latency)
+    crossover = None if header.hardware.machine.accelerator.kind == "none" else crossover_tokens(latency)
     experts_bytes = header.placement.resident_experts * header.model.expert_bytes
     used = [*((item.item, item.bytes) for item in budget.items), ("resident experts", experts_bytes)]
     page = environment.get_template("page.html.j2").render(
