@@ -56,7 +56,7 @@ def latency(header: Header, calibration: Calibration, fitted: LatencyModel, cros
                 )
         for quantity, color, entry_us in (
             ("cpu_expert", CPU, fitted.cpu_overhead_us),
-            ("gpu_expert", GPU, fitted.gpu_overhead_us),
+            ("gpu_expert", GPU, 0.0),
         ):
             own = [
                 s
@@ -64,7 +64,7 @@ def latency(header: Header, calibration: Calibration, fitted: LatencyModel, cros
                 if s.quantity == quantity
                 and (s.hidden_size, s.intermediate_size) == (model.hidden_size, model.intermediate_size)
             ]
-            # Samples of the CPU include entering the lane once, which the curve does not.
+            # Samples of the CPU include entering the lane once, which the curve does not; the accelerator's do not.
             times = [max(s.median_us - entry_us, 1e-3) for s in own]
             axes.plot([s.tokens for s in own], times, ".", color=color, markersize=5)
         axes.set_xscale("log", base=2)
