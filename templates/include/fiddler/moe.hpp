@@ -102,9 +102,10 @@ class MoeLayer {
   static constexpr int64_t kSerialElements = 32768;
   // Tokens copied or added up by one task.
   static constexpr int64_t kTokenStep = 16;
-  // A layer that reads fewer bytes of weights than this is done before another thread would have woken. Computing on a row
-  // takes time as well: about that of reading a 32nd of the weights.
-  static constexpr int64_t kAloneCost = 384 * 1024;
+  // A layer that reads fewer bytes of weights than this takes one thread some 50 us from memory, less from the cache. Another
+  // thread has to wake first, and may find its CPU taken by a thread of torch's that spins after a parallel region. Computing
+  // on a row takes time as well: about that of reading a 32nd of the weights.
+  static constexpr int64_t kAloneCost = 2 * 1024 * 1024;
   static constexpr int64_t kRowCost = kPackedBytes / 32;
   // Weights of one task, at least: what a thread streams in some microseconds.
   static constexpr int64_t kTaskBytes = 128 * 1024;
