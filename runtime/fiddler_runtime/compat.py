@@ -9,50 +9,53 @@ from .plan import ABI_VERSION, Header
 # A machine reports slightly different sizes from one boot or driver to the next.
 _SAME_MEMORY = 0.1
 
+_MEND = "decisions may be off; hint: fiddlerc calibrate -o hw.json, then compile again with --hw hw.json"
+
 
 def check(header: Header, machine: Machine) -> tuple[str, ...]:
     """Compares a plan's header with the machine it is to run on.
 
     Raises FiddlerError (hard) if the plan cannot run: another ABI, no kernel whose instruction set runs here, or less
-    accelerator memory than the plan fills. Returns one sentence for each difference (soft) that only makes the plan's
-    latencies, and so its decisions, worse than they could be.
+    accelerator memory than the plan fills. Returns sentences (soft) about what only makes the plan's latencies stale,
+    and so its decisions worse than they could be.
     """
     _require_abi(header)
     _require_isa(header, machine)
     _require_memory(header, machine)
 
-    planned, there = header.hardware.machine, machine.accelerator
-    stale = []
-    if planned.cpu != machine.cpu:
-        stale.append(f"compiled for the CPU {planned.cpu}, running on {machine.cpu}")
-    if planned.cores != machine.cores:
-        stale.append(f"compiled for {planned.cores} cores, running on {machine.cores}")
-    if _differ(planned.memory_bytes, machine.memory_bytes):
-        stale.append(f"compiled for {_gib(planned.memory_bytes)} of memory, running with {_gib(machine.memory_bytes)}")
-    before = planned.accelerator
-    if before.kind != there.kind:
-        stale.append(
-            f"compiled for {_accelerator(before.kind, before.name)}, here is {_accelerator(there.kind, there.name)}"
-        )
-    elif before.name != there.name:
-        stale.append(f"compiled for the accelerator {before.name}, running on {there.name}")
-    elif before.driver != there.driver:
-        stale.append(f"compiled with the driver {before.driver or 'unknown'}, running with {there.driver or 'unknown'}")
-    mend = "decisions may be off: fiddlerc calibrate -o hw.json, then compile again"
-    warnings = [f"{line}; {mend}" for line in stale]
+    warnings = []
+    if differences := _differences(header.hardware.machine, machine):
+        warnings.append(f"compiled for another machine: {'; '.join(differences)}; {_MEND}")
     if header.hardware.provenance != "measured":
-        warnings.append(f"latencies come from a {header.hardware.provenance} ({header.hardware.source}); {mend}")
+        warnings.append(f"latencies come from a {header.hardware.provenance}, not from a measurement; {_MEND}")
     best = header.kernels.variants[0].isa
     runs = next(variant.isa for variant in header.kernels.variants if variant.isa in machine.isa)
-    if runs != best and best in planned.isa:
+    if runs != best and best in header.hardware.machine.isa:
         lacking = ", ".join(flag for flag in ISA_FLAGS[best] if flag not in ISA_FLAGS[runs])
-        warnings.append(f"compiled for {best} kernels, running {runs}: this CPU lacks {best} ({lacking}); {mend}")
+        warnings.append(f"compiled for {best} kernels, running {runs}: this CPU lacks {best} ({lacking}); {_MEND}")
     if runs == "scalar" and len(header.kernels.variants) > 1:
         warnings.append(
             "running the scalar kernels, which are many times slower: this CPU has no vector instructions "
             "that the plan was compiled for"
         )
     return tuple(warnings)
+
+
+def _differences(planned: Machine, here: Machine) -> list[str]:
+    """What of a machine changes latencies, each as 'then, here now'."""
+    found = []
+    if planned.cpu != here.cpu:
+        found.append(f"CPU {planned.cpu}, here {here.cpu}")
+    if planned.cores != here.cores:
+        found.append(f"{planned.cores} cores, here {here.cores}")
+    if _differ(planned.memory_bytes, here.memory_bytes):
+        found.append(f"{_gib(planned.memory_bytes)} of memory, here {_gib(here.memory_bytes)}")
+    before, now = planned.accelerator, here.accelerator
+    if (before.kind, before.name) != (now.kind, now.name):
+        found.append(f"{_accelerator(before.kind, before.name)}, here is {_accelerator(now.kind, now.name)}")
+    elif before.driver != now.driver:
+        found.append(f"driver {before.driver or 'unknown'}, here {now.driver or 'unknown'}")
+    return found
 
 
 def _require_abi(header: Header) -> None:
