@@ -126,14 +126,15 @@ def _publish(temporary: Path, dest: Path) -> None:
         _sync_folder(dest.parent)
         return
     old = temporary.with_suffix(".old")
-    os.rename(dest, old)
     try:
+        os.rename(dest, old)
         os.rename(temporary, dest)
-    except BaseException:
-        os.rename(old, dest)
-        raise
-    _sync_folder(dest.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        _sync_folder(dest.parent)
+    finally:
+        # Also after an interrupt, wherever it struck: either the new plan is there, or the old one is put back.
+        if not dest.exists():
+            os.rename(old, dest)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
