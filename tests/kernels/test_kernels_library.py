@@ -20,6 +20,7 @@ from fiddler_runtime.kernels import KernelLibrary, TablesStruct, empty_packed, m
 from fiddler_runtime.machine import cpu_isas, missing_flags
 
 SHAPE = (129, 40)
+LARGE = (256, 1408)  # with some tokens more than one thread is given to itself
 
 
 def test_library_says_what_it_is() -> None:
@@ -114,14 +115,14 @@ def test_only_the_interface_is_exported() -> None:
 
 def test_calls_from_several_threads_wait_for_each_other() -> None:
     generator = torch.Generator().manual_seed(2)
-    expert = random_expert(SHAPE, generator)
-    inputs = [torch.randn(n, SHAPE[0], generator=generator).bfloat16() for n in (1, 40, 9)]
-    with library(*SHAPE).open(threads=2) as kernels:
+    expert = random_expert(LARGE, generator)
+    inputs = [torch.randn(n, LARGE[0], generator=generator).bfloat16() for n in (1, 300, 90)]
+    with library(*LARGE).open(threads=2) as kernels:
         expected = [one_expert(kernels, expert, hidden) for hidden in inputs]
         wrong: list[int] = []
 
         def work(index: int) -> None:
-            for _ in range(50):
+            for _ in range(20):
                 if not torch.equal(one_expert(kernels, expert, inputs[index]), expected[index]):
                     wrong.append(index)
 
@@ -137,9 +138,10 @@ FORK = """
 import os, sys, torch
 sys.path[:0] = {path!r}
 from kernel_samples import library, one_expert, random_expert
-expert = random_expert((129, 40), torch.Generator().manual_seed(1))
-hidden = torch.ones(50, 129).bfloat16()
-kernels = library(129, 40).open(threads=3)
+torch.set_num_threads(1)  # threads of GNU OpenMP, which torch uses, do not survive a fork
+expert = random_expert((256, 1408), torch.Generator().manual_seed(1))
+hidden = torch.ones(50, 256).bfloat16()
+kernels = library(256, 1408).open(threads=3)
 expected = one_expert(kernels, expert, hidden)
 child = os.fork()
 if child == 0:
@@ -161,18 +163,18 @@ def test_a_forked_child_computes_the_same() -> None:
 
 
 def test_pinned_threads_work_even_outside_the_affinity() -> None:
-    expert = random_expert(SHAPE, torch.Generator().manual_seed(1))
-    hidden = torch.ones(20, SHAPE[0]).bfloat16()
-    with library(*SHAPE).open(threads=1) as kernels:
+    expert = random_expert(LARGE, torch.Generator().manual_seed(1))
+    hidden = torch.ones(20, LARGE[0]).bfloat16()
+    with library(*LARGE).open(threads=1) as kernels:
         expected = one_expert(kernels, expert, hidden)
-    with library(*SHAPE).open(threads=3, cpus=(0, 1, 1000)) as kernels:
+    with library(*LARGE).open(threads=3, cpus=(0, 1, 1000)) as kernels:
         assert torch.equal(one_expert(kernels, expert, hidden), expected)
 
 
 def test_many_more_threads_than_cpus_still_finish() -> None:
-    expert = random_expert(SHAPE, torch.Generator().manual_seed(1))
-    hidden = torch.ones(20, SHAPE[0]).bfloat16()
-    with library(*SHAPE).open(threads=40) as kernels:
+    expert = random_expert(LARGE, torch.Generator().manual_seed(1))
+    hidden = torch.ones(20, LARGE[0]).bfloat16()
+    with library(*LARGE).open(threads=40) as kernels:
         for _ in range(20):
             one_expert(kernels, expert, hidden)
 
