@@ -1,0 +1,107 @@
+/* The C interface of a generated kernel library: plain pointers, no C++ and no torch types cross it.
+ *
+ * Every function is safe to call on any x86-64 CPU; those that need an instruction set check for it first.
+ * Functions returning int32_t give FDL_OK or a negative FDL_E_ code; fdl_error_text() words it.
+ * bf16 values travel as uint16_t.
+ */
+#ifndef FIDDLER_ABI_H
+#define FIDDLER_ABI_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define FDL_ABI_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum fdl_status {
+  FDL_OK = 0,
+  FDL_E_ISA = -1,       /* no variant in this library runs on this CPU, or the one asked for does not */
+  FDL_E_ARGUMENT = -2,  /* a pointer is null or a size is out of range */
+  FDL_E_MEMORY = -3,    /* an allocation failed */
+  FDL_E_THREAD = -4     /* a worker thread could not be started */
+};
+
+/* How one expert of one layer is executed in one step. */
+enum fdl_strategy {
+  FDL_IDLE = 0,     /* no token chose it */
+  FDL_RESIDENT = 1, /* (a) its weights are on the accelerator */
+  FDL_STREAMED = 2, /* (b) its weights are copied to the accelerator for this step */
+  FDL_CPU = 3       /* (c) its tokens are computed on the CPU */
+};
+
+typedef struct fdl_kernels fdl_kernels; /* one kernel variant and its thread pool */
+
+/* The latency tables of one plan, in microseconds. cpu_us[n] and gpu_us[n] for n tokens, 0 <= n < length;
+ * beyond, the line through the last two entries continues. */
+typedef struct fdl_tables {
+  const float* cpu_us;
+  const float* gpu_us;
+  int32_t length;
+  float cpu_overhead_us; /* c0: entering the CPU lane once per layer */
+  float gpu_overhead_us; /* g0: entering the accelerator lanes once per layer */
+  float stream_us;       /* w: copying one expert's weights */
+  float contention;      /* gamma: relative slow-down of the CPU lane while copies run */
+} fdl_tables;
+
+/* The CPU share of one MoE layer.
+ * hidden        bf16 [tokens][hidden_size], rows hidden_stride elements apart
+ * topk_ids      int64 [tokens][top_k], contiguous; ids outside [0, num_experts) are skipped
+ * topk_weights  fp32 [tokens][top_k], contiguous
+ * strategy      uint8 [num_experts]; experts marked FDL_CPU are computed. NULL: all are
+ * experts       [num_experts] packed weights, 64-byte aligned; only those computed are read
+ * out           fp32 [tokens][hidden_size], contiguous; every row is overwritten
+ */
+typedef struct fdl_moe_call {
+  const uint16_t* hidden;
+  int64_t hidden_stride;
+  const int64_t* topk_ids;
+  const float* topk_weights;
+  const uint8_t* strategy;
+  const uint16_t* const* experts;
+  float* out;
+  int64_t tokens;
+  int32_t top_k;
+  int32_t num_experts;
+} fdl_moe_call;
+
+/* What the library is. */
+int32_t fdl_abi_version(void);
+const char* fdl_describe(void); /* JSON: {"name", "hidden_size", "intermediate_size", "isas": [...], "symbols": [...]} */
+const char* fdl_error_text(int32_t status);
+int64_t fdl_packed_bytes(void);         /* of one expert, a multiple of 64 */
+int32_t fdl_isa_usable(const char* isa); /* 1 if built in and permitted by CPU and operating system */
+
+/* isa: NULL for the best usable. threads >= 1 counts the caller. Workers are pinned to cpus[1 .. threads-1]
+ * when cpus is not NULL. */
+int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, fdl_kernels** out);
+void fdl_close(fdl_kernels*);
+const char* fdl_isa(const fdl_kernels*);
+
+/* Row-major checkpoint tensors gate, up [intermediate][hidden] and down [hidden][intermediate] to the packed layout
+ * (docs/kernels.md), and back. */
+int32_t fdl_pack(fdl_kernels*, const uint16_t* gate, const uint16_t* up, const uint16_t* down, uint16_t* packed);
+int32_t fdl_unpack(fdl_kernels*, const uint16_t* packed, uint16_t* gate, uint16_t* up, uint16_t* down);
+
+int32_t fdl_moe(fdl_kernels*, const fdl_moe_call*);
+
+/* Chooses a strategy for every expert of a layer: counts tokens per expert from topk_ids [count], then takes the number
+ * of misses to stream that minimises the layer's makespan (docs/design.md, dispatch). Does not allocate or block.
+ * resident   uint8 [num_experts], 1 if on the accelerator
+ * counts     out, int32 [num_experts]
+ * strategy   out, uint8 [num_experts]
+ * lane_us    out, predicted {CPU lane, accelerator lane}
+ */
+int32_t fdl_dispatch(const fdl_tables*, const int64_t* topk_ids, int64_t count, const uint8_t* resident,
+                     int32_t num_experts, int32_t* counts, uint8_t* strategy, float* lane_us);
+
+/* Measured limits of this machine, with this context's threads. */
+int32_t fdl_probe_read(fdl_kernels*, const void* data, int64_t bytes, double* gbps);
+int32_t fdl_probe_peak(fdl_kernels*, double milliseconds, double* gflops); /* of this variant's multiply instruction */
+
+#ifdef __cplusplus
+}
+#endif
+#endif

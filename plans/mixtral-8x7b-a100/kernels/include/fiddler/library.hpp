@@ -1,0 +1,202 @@
+// The C interface (abi.h) over the variants that library.cpp lists. Baseline code: runs on any x86-64 CPU.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+
+// What the library exports; everything else is compiled with hidden visibility.
+#pragma GCC visibility push(default)
+#include "abi.h"
+#pragma GCC visibility pop
+
+#include "cpu.hpp"
+#include "dispatch.hpp"
+#include "layout.hpp"
+#include "moe.hpp"
+#include "packing.hpp"
+#include "pool.hpp"
+#include "task.hpp"
+
+// Defined by the generated library.cpp.
+namespace fdl {
+extern const Variant kVariants[];  // best first
+extern const int kVariantCount;
+extern const char kDescription[];
+}  // namespace fdl
+
+struct fdl_kernels {
+  fdl_kernels(const fdl::Variant& chosen, int threads) : variant(chosen), pool(threads), layer(chosen, pool) {}
+
+  const fdl::Variant& variant;
+  fdl::Pool pool;
+  fdl::MoeLayer layer;
+  std::mutex busy;  // one call at a time; others wait
+};
+
+namespace fdl {
+
+constexpr int32_t kMostThreads = 1024;
+
+inline const Variant* find_variant(const char* isa) {
+  for (int i = 0; i < kVariantCount; ++i) {
+    const Variant& variant = kVariants[i];
+    if ((!isa || std::strcmp(isa, variant.isa) == 0) && variant.usable()) return &variant;
+  }
+  return nullptr;
+}
+
+// Runs `body` alone on these kernels; what it throws becomes a status.
+template <class Body>
+int32_t guarded(fdl_kernels* kernels, Body body) {
+  try {
+    const std::lock_guard<std::mutex> lock(kernels->busy);
+    return body();
+  } catch (const std::bad_alloc&) {
+    return FDL_E_MEMORY;
+  } catch (...) {
+    return FDL_E_THREAD;
+  }
+}
+
+// Calls work(i) for 0 <= i < count on all threads.
+template <class Work>
+int32_t parallel_for(Pool& pool, int64_t count, Work work) {
+  std::atomic<int64_t> next{0};
+  auto job = [&](int) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
+  };
+  return pool.run(job) ? FDL_OK : FDL_E_THREAD;
+}
+
+inline bool valid(const fdl_moe_call& call) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  if (call.tokens < 0 || call.top_k < 1 || call.num_experts < 1 || call.tokens >= kMost / call.top_k) return false;
+  if (call.tokens == 0) return true;
+  return call.hidden && call.topk_ids && call.topk_weights && call.experts && call.out &&
+         (call.hidden_stride >= kHidden || call.tokens == 1);
+}
+
+}  // namespace fdl
+
+extern "C" {
+
+int32_t fdl_abi_version(void) { return FDL_ABI_VERSION; }
+
+const char* fdl_describe(void) { return fdl::kDescription; }
+
+const char* fdl_error_text(int32_t status) {
+  switch (status) {
+    case FDL_OK: return "no error";
+    case FDL_E_ISA: return "no kernel variant in this library runs on this CPU, or the one asked for does not";
+    case FDL_E_ARGUMENT: return "a pointer is null or a size is out of range";
+    case FDL_E_MEMORY: return "out of memory";
+    case FDL_E_THREAD: return "a worker thread could not be started";
+    default: return "unknown status";
+  }
+}
+
+int64_t fdl_packed_bytes(void) { return fdl::kPackedBytes; }
+
+int32_t fdl_isa_usable(const char* isa) { return isa && fdl::find_variant(isa) ? 1 : 0; }
+
+int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, fdl_kernels** out) {
+  if (!out || threads < 1 || threads > fdl::kMostThreads) return FDL_E_ARGUMENT;
+  *out = nullptr;
+  const fdl::Variant* variant = fdl::find_variant(isa);
+  if (!variant) return FDL_E_ISA;
+  std::unique_ptr<fdl_kernels> kernels(new (std::nothrow) fdl_kernels(*variant, threads));
+  if (!kernels) return FDL_E_MEMORY;
+  if (!kernels->pool.start(cpus)) return FDL_E_THREAD;
+  *out = kernels.release();
+  return FDL_OK;
+}
+
+void fdl_close(fdl_kernels* kernels) {
+  if (!kernels) return;
+  { const std::lock_guard<std::mutex> finished(kernels->busy); }
+  delete kernels;
+}
+
+const char* fdl_isa(const fdl_kernels* kernels) { return kernels ? kernels->variant.isa : ""; }
+
+int32_t fdl_pack(fdl_kernels* kernels, const uint16_t* gate, const uint16_t* up, const uint16_t* down,
+                 uint16_t* packed) {
+  if (!kernels || !gate || !up || !down || !packed) return FDL_E_ARGUMENT;
+  return fdl::guarded(kernels, [&] {
+    return fdl::parallel_for(kernels->pool, fdl::kGateUpBlocks + fdl::kDownBlocks, [&](int64_t block) {
+      const uint16_t* rows[fdl::kLanes];
+      fdl::rows_of_block(block, gate, up, down, rows);
+      fdl::pack_block(rows, fdl::block_inputs(block), reinterpret_cast<uint32_t*>(packed) + fdl::block_offset(block));
+    });
+  });
+}
+
+int32_t fdl_unpack(fdl_kernels* kernels, const uint16_t* packed, uint16_t* gate, uint16_t* up, uint16_t* down) {
+  if (!kernels || !gate || !up || !down || !packed) return FDL_E_ARGUMENT;
+  return fdl::guarded(kernels, [&] {
+    return fdl::parallel_for(kernels->pool, fdl::kGateUpBlocks + fdl::kDownBlocks, [&](int64_t block) {
+      uint16_t* rows[fdl::kLanes];
+      fdl::rows_of_block(block, gate, up, down, rows);
+      fdl::unpack_block(reinterpret_cast<const uint32_t*>(packed) + fdl::block_offset(block), fdl::block_inputs(block),
+                        rows);
+    });
+  });
+}
+
+int32_t fdl_moe(fdl_kernels* kernels, const fdl_moe_call* call) {
+  if (!kernels || !call || !fdl::valid(*call)) return FDL_E_ARGUMENT;
+  if (call->tokens == 0) return FDL_OK;
+  return fdl::guarded(kernels, [&] { return kernels->layer.run(*call); });
+}
+
+int32_t fdl_dispatch(const fdl_tables* tables, const int64_t* topk_ids, int64_t count, const uint8_t* resident,
+                     int32_t num_experts, int32_t* counts, uint8_t* strategy, float* lane_us) {
+  if (!tables || !tables->cpu_us || !tables->gpu_us || tables->length < 1 || count < 0 || (count > 0 && !topk_ids) ||
+      !resident || !counts || !strategy || !lane_us || num_experts < 1 || num_experts > fdl::kMostExperts)
+    return FDL_E_ARGUMENT;
+  return fdl::dispatch(*tables, topk_ids, count, resident, num_experts, counts, strategy, lane_us);
+}
+
+int32_t fdl_probe_read(fdl_kernels* kernels, const void* data, int64_t bytes, double* gbps) {
+  if (!kernels || !data || bytes < 64 || !gbps) return FDL_E_ARGUMENT;
+  return fdl::guarded(kernels, [&]() -> int32_t {
+    constexpr int64_t kPiece = 1 << 20;
+    const int64_t begin = fdl::now_ns();
+    const int32_t status = fdl::parallel_for(kernels->pool, (bytes + kPiece - 1) / kPiece, [&](int64_t i) {
+      const int64_t first = i * kPiece;
+      const int64_t length = bytes - first < kPiece ? bytes - first : kPiece;
+      kernels->variant.read(static_cast<const char*>(data) + first, length);
+    });
+    const int64_t elapsed = fdl::now_ns() - begin;
+    *gbps = static_cast<double>(bytes) / static_cast<double>(elapsed > 0 ? elapsed : 1);
+    return status;
+  });
+}
+
+int32_t fdl_probe_peak(fdl_kernels* kernels, double milliseconds, double* gflops) {
+  if (!kernels || !gflops || !(milliseconds > 0.0) || milliseconds > 60'000.0) return FDL_E_ARGUMENT;
+  return fdl::guarded(kernels, [&]() -> int32_t {
+    // Every thread until the time is over; the sum of their rates, so that a late start does not count against them.
+    std::atomic<int64_t> micro_gflops{0};
+    const auto length = static_cast<int64_t>(milliseconds * 1e6);
+    auto job = [&](int) {
+      const int64_t begin = fdl::now_ns();
+      double operations = 0.0;
+      int64_t elapsed = 0;
+      do {
+        operations += kernels->variant.burn(2000);
+        elapsed = fdl::now_ns() - begin;
+      } while (elapsed < length);
+      micro_gflops.fetch_add(static_cast<int64_t>(operations / static_cast<double>(elapsed) * 1e6));
+    };
+    if (!kernels->pool.run(job)) return FDL_E_THREAD;
+    *gflops = static_cast<double>(micro_gflops.load()) * 1e-6;
+    return FDL_OK;
+  });
+}
+
+}  // extern "C"

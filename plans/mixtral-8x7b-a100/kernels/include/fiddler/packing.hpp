@@ -1,0 +1,105 @@
+// Checkpoint order to the packed layout and back. Baseline code (SSE2); the work is bound by memory.
+#pragma once
+
+#include <emmintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "layout.hpp"
+
+namespace fdl {
+
+// Both directions treat two consecutive bf16 inputs as one 32-bit value, so that packing a block is a transpose of
+// [64 outputs][pairs] to [pairs][64 lanes].
+constexpr int64_t kPairStep = 32;  // two cache lines of every one of the 64 rows, and 8 KiB of the block, at a time
+
+// Writes lanes 0..3 of rows 0..3 with stride 64 from 4 pairs of each of 4 rows; a null row counts as zeros.
+inline void transpose_in(const uint16_t* const* rows, int64_t pair, uint32_t* out) {
+  __m128i r[4];
+  for (int i = 0; i < 4; ++i)
+    r[i] = rows[i] ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + 2 * pair)) : _mm_setzero_si128();
+  const __m128i a = _mm_unpacklo_epi32(r[0], r[1]), b = _mm_unpacklo_epi32(r[2], r[3]);
+  const __m128i c = _mm_unpackhi_epi32(r[0], r[1]), d = _mm_unpackhi_epi32(r[2], r[3]);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi64(a, b));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + kLanes), _mm_unpackhi_epi64(a, b));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * kLanes), _mm_unpacklo_epi64(c, d));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 3 * kLanes), _mm_unpackhi_epi64(c, d));
+}
+
+inline void transpose_out(const uint32_t* in, uint16_t* const* rows, int64_t pair) {
+  __m128i r[4];
+  for (int i = 0; i < 4; ++i) r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i * kLanes));
+  const __m128i a = _mm_unpacklo_epi32(r[0], r[1]), b = _mm_unpacklo_epi32(r[2], r[3]);
+  const __m128i c = _mm_unpackhi_epi32(r[0], r[1]), d = _mm_unpackhi_epi32(r[2], r[3]);
+  const __m128i out[4] = {_mm_unpacklo_epi64(a, b), _mm_unpackhi_epi64(a, b), _mm_unpacklo_epi64(c, d),
+                          _mm_unpackhi_epi64(c, d)};
+  for (int i = 0; i < 4; ++i)
+    if (rows[i]) _mm_storeu_si128(reinterpret_cast<__m128i*>(rows[i] + 2 * pair), out[i]);
+}
+
+// rows: 64 outputs' weights, [inputs] each, null where the block has no such output.
+inline void pack_block(const uint16_t* const* rows, int64_t inputs, uint32_t* out) {
+  const int64_t whole = inputs / 2;
+  const int64_t pairs = (inputs + 1) / 2;
+  const int64_t vectors = whole / 4 * 4;
+  for (int64_t first = 0; first < vectors; first += kPairStep) {
+    const int64_t last = std::min(first + kPairStep, vectors);
+    for (int64_t lane = 0; lane < kLanes; lane += 4)
+      for (int64_t pair = first; pair < last; pair += 4) transpose_in(rows + lane, pair, out + pair * kLanes + lane);
+  }
+  for (int64_t pair = vectors; pair < pairs; ++pair) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const uint16_t* row = rows[lane];
+      const uint32_t even = row ? row[2 * pair] : 0;
+      const uint32_t odd = row && pair < whole ? row[2 * pair + 1] : 0;
+      out[pair * kLanes + lane] = even | odd << 16;
+    }
+  }
+}
+
+inline void unpack_block(const uint32_t* in, int64_t inputs, uint16_t* const* rows) {
+  const int64_t whole = inputs / 2;
+  const int64_t pairs = (inputs + 1) / 2;
+  const int64_t vectors = whole / 4 * 4;
+  for (int64_t first = 0; first < vectors; first += kPairStep) {
+    const int64_t last = std::min(first + kPairStep, vectors);
+    for (int64_t lane = 0; lane < kLanes; lane += 4)
+      for (int64_t pair = first; pair < last; pair += 4) transpose_out(in + pair * kLanes + lane, rows + lane, pair);
+  }
+  for (int64_t pair = vectors; pair < pairs; ++pair) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      if (!rows[lane]) continue;
+      const uint32_t both = in[pair * kLanes + lane];
+      rows[lane][2 * pair] = static_cast<uint16_t>(both);
+      if (pair < whole) rows[lane][2 * pair + 1] = static_cast<uint16_t>(both >> 16);
+    }
+  }
+}
+
+// The 64 rows that block `index` of an expert holds; gate/up blocks come first, then down blocks.
+template <class Pointer>
+inline void rows_of_block(int64_t index, Pointer gate, Pointer up, Pointer down, Pointer* rows) {
+  if (index < kGateUpBlocks) {
+    for (int64_t lane = 0; lane < kGateLanes; ++lane) {
+      const int64_t row = index * kGateLanes + lane;
+      rows[lane] = row < kIntermediate ? gate + row * kHidden : nullptr;
+      rows[kGateLanes + lane] = row < kIntermediate ? up + row * kHidden : nullptr;
+    }
+  } else {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t row = (index - kGateUpBlocks) * kLanes + lane;
+      rows[lane] = row < kHidden ? down + row * kIntermediate : nullptr;
+    }
+  }
+}
+
+// Lanes before block `index`, and its inputs.
+inline int64_t block_offset(int64_t index) {
+  return index < kGateUpBlocks ? index * kGateUpBlockLanes
+                               : kDownOffsetLanes + (index - kGateUpBlocks) * kDownBlockLanes;
+}
+inline int64_t block_inputs(int64_t index) { return index < kGateUpBlocks ? kHidden : kIntermediate; }
+
+}  // namespace fdl

@@ -1,0 +1,36 @@
+// AVX-512 without bf16 arithmetic: a bf16 weight becomes fp32 by a shift, then two fused multiply-adds.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct Avx512f {
+  using Element = float;
+  using Vector = __m512;
+  struct Weights {
+    __m512 even, odd;
+  };
+  struct Inputs {
+    __m512 even, odd;
+  };
+  static constexpr int kLanes = 16;
+  static constexpr int kBurnSums = 24;
+  static constexpr double kFlops = 4.0 * kLanes;
+
+  static inline Weights load(const uint32_t* from) {
+    // Vector operators, not intrinsics: GCC 12 warns about its own _mm512_slli_epi32 (GCC bug 105593).
+    typedef uint32_t Bits __attribute__((vector_size(64)));
+    Bits both;
+    __builtin_memcpy(&both, from, sizeof both);
+    return {(__m512)(both << 16), (__m512)(both & 0xffff0000u)};
+  }
+  static inline Inputs broadcast(const Element* pair) { return {_mm512_set1_ps(pair[0]), _mm512_set1_ps(pair[1])}; }
+  static inline Vector multiply_add(Vector sum, const Weights& weights, const Inputs& inputs) {
+    return _mm512_fmadd_ps(weights.odd, inputs.odd, _mm512_fmadd_ps(weights.even, inputs.even, sum));
+  }
+};
+
+}  // namespace
