@@ -16,6 +16,8 @@ from fiddlerc.ir import Accelerator, Calibration, ExpertTensors, Limits, Machine
 from fiddlerc.latency.heldout import folds
 from fiddlerc.latency.model import MAX_TOKENS, NEVER_US, token_grid
 
+pytestmark = pytest.mark.slow
+
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 SHAPE = (2048, 768)
 LIMITS = Limits(
@@ -219,7 +221,7 @@ def test_too_few_samples_are_refused(quantity: str) -> None:
 
 @pytest.mark.parametrize("name", catalog_names())
 def test_a_data_sheet_gives_the_roofline_of_its_limits(name: str) -> None:
-    sheet = load_hardware(name)
+    sheet = replace(load_hardware(name), samples=())
     model = latency.fit(sheet, spec(4096, 14336))
     for curve in model.curves:
         assert curve.model == "roofline of the limits"

@@ -19,6 +19,8 @@ from fiddlerc.frontend import load_model
 from fiddlerc.ir import Trace
 from fiddlerc.trace import record
 
+pytestmark = pytest.mark.slow
+
 TEXT = (TINY_MIXTRAL / "heldout-docs.txt").read_text()[:1900]
 CHAT = (TINY_MIXTRAL / "heldout-chat.txt").read_text()[:900]
 SHORT: dict[str, Any] = {"sequence_tokens": 64, "prompt_tokens": 16}
