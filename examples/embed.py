@@ -9,6 +9,8 @@ import torch
 
 import fiddler_runtime
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 plan = fiddler_runtime.load_plan(sys.argv[1])
 source = fiddler_runtime.ExpertWeights
 weights = source.load(sys.argv[2]) if len(sys.argv) > 2 else source.random(seed=0)

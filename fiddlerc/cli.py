@@ -35,7 +35,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False, soft_wrap=True)
+# Data: paths and model output are printed as they are, without markup.
+out = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 INTERRUPTED = 130
@@ -152,7 +153,7 @@ def compile_command(
         )
         return
     for line in header.assumptions:
-        err.print(f"[yellow]note:[/] {line}")
+        err.print(f"[yellow]note:[/] {_escape(line)}")
     placed = header.placement
     out.print(f"plan       {plan.path}")
     out.print(f"machine    {header.hardware.name} ({header.hardware.provenance})")
@@ -274,7 +275,7 @@ def inspect(plan: PlanPath, as_json: Json = False) -> None:
     machine = hardware["machine"]
 
     def row(label: str, text: str) -> None:
-        out.print(f"{label:11} {text}", markup=False)
+        out.print(f"{label:11} {text}")
 
     row("format", f"{value['format_major']}.{value['format_minor']}, ABI {value['abi']}")
     row(
@@ -320,7 +321,7 @@ def verify(
         _print_json({"plan": str(plan), "digest": checked.header.digest, "mismatches": list(mismatches)})
         return
     for line in mismatches:
-        err.print(f"[yellow]warning:[/] {line}")
+        err.print(f"[yellow]warning:[/] {_escape(line)}")
     out.print(f"{plan}: intact, {len(checked.header.files)} files, runs on this machine")
 
 
@@ -332,7 +333,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     beams: Annotated[int, typer.Option(min=1, help="Beam search with this many beams.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sample at this temperature; 0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling.")] = 0,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
     device: Device = DeviceOption.auto,
     isa: Isa = None,
@@ -348,7 +349,7 @@ def run(
 
     request = pipeline.execution.RunRequest(
         model_dir=model,
-        prompt=sys.stdin.read() if prompt == "-" else prompt,
+        prompt=_prompt(prompt),
         max_new_tokens=max_new_tokens,
         beams=beams,
         temperature=temperature,
@@ -437,11 +438,10 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         _print_json([dataclasses.asdict(check) for check in checks])
     else:
-        marks = {"ok": "[green]ok     [/]", "missing": "[red]missing[/]", "note": "[yellow]note   [/]"}
         for check in checks:
-            out.print(f"{marks[check.status]} {check.name:12} {check.detail}")
+            out.print(f"{check.status:8} {check.name:12} {check.detail}")
             if check.hint and check.status != "ok":
-                out.print(f"                     hint: {check.hint}")
+                out.print(f"{'':21} hint: {check.hint}")
     if any(check.status == "missing" for check in checks):
         raise typer.Exit(1)
 
@@ -493,6 +493,17 @@ def format_bytes(count: int) -> str:
 def _shares(calls: dict[str, int]) -> str:
     total = sum(calls.values()) or 1
     return ", ".join(f"{name} {count} ({count / total:.0%})" for name, count in calls.items() if count)
+
+
+def _prompt(option: str) -> str:
+    """The prompt's text: the option, or standard input for '-'. Raises FiddlerError if it is not UTF-8."""
+    data = sys.stdin.buffer.read() if option == "-" else option.encode(errors="surrogateescape")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise FiddlerError(
+            "the prompt is not text", found=str(error), expected="UTF-8", hint="iconv -t UTF-8"
+        ) from None
 
 
 def _write_now(text: str) -> None:

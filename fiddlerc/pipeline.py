@@ -334,8 +334,6 @@ class _Dump:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.number = 0
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, stage: str, value: Any) -> None:
         self.files(stage, {".json": json.dumps(_plain(value), indent=1, sort_keys=True) + "\n"})
@@ -345,10 +343,18 @@ class _Dump:
         if self.folder is None:
             return
         base = self.folder / f"{self.number:02}-{stage}"
-        for name, text in files.items():
-            path = base.with_name(base.name + name) if name.startswith(".") else base / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+        try:
+            for name, text in files.items():
+                path = base.with_name(base.name + name) if name.startswith(".") else base / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+        except OSError as error:
+            raise FiddlerError(
+                f"cannot write to --dump-dir {self.folder}",
+                found=error.strerror,
+                expected="a folder to write to",
+                hint="--dump-dir OTHER_FOLDER, or none",
+            ) from None
 
 
 def _plain(value: Any) -> Any:

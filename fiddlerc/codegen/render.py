@@ -93,7 +93,12 @@ def _wanted(isas: Sequence[str] | None) -> tuple[str, ...]:
                 hint="fiddlerc doctor   (lists what this machine has)",
             )
     if not isas:
-        raise FiddlerError("no instruction set to generate kernels for", expected="one of " + ", ".join(KNOWN_ISAS))
+        raise FiddlerError(
+            "no instruction set to generate kernels for",
+            found="an empty list",
+            expected="one or more of " + ", ".join(KNOWN_ISAS),
+            hint="--isa " + ",".join(KNOWN_ISAS),
+        )
     return tuple(isa for isa in KNOWN_ISAS if isa in isas)
 
 

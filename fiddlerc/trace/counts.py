@@ -40,6 +40,7 @@ def from_counts(path: Path, spec: ModelSpec) -> Trace:
             f"{what} are of another model",
             found=f"{len(value.counts)} layers of {' or '.join(map(str, sorted(widths))) or 'no'} experts",
             expected=f"{len(spec.moe_layers)} layers of {spec.num_experts} experts, as {spec.name} has",
+            hint="fiddlerc trace THEIR_MODEL --from-counts JSON -o FILE",
         )
     if value.tokens < 1:
         raise FiddlerError(f"{what} are not valid", found=f"tokens = {value.tokens}", expected="at least 1")

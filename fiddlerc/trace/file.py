@@ -156,4 +156,9 @@ def _write_atomically(path: Path, data: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise FiddlerError(f"cannot write the trace {path}", found=error.strerror or str(error)) from None
+        raise FiddlerError(
+            f"cannot write the trace {path}",
+            found=error.strerror or str(error),
+            expected="a folder to write to, with room for it",
+            hint="-o ANOTHER_FILE",
+        ) from None

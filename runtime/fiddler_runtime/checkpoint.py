@@ -170,7 +170,8 @@ def _check_directory(model_dir: Path) -> None:
         raise FiddlerError(
             f"no such model directory: {model_dir}",
             found="a file" if model_dir.exists() else "nothing",
-            expected="a Hugging Face model directory",
+            expected="a directory with config.json and *.safetensors (built-in names have no weights)",
+            hint="--model DIR",
         )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from . import strategies as rules
 from .counters import PHASES, Counters, Phase
 from .dispatch import Dispatcher
-from .errors import FiddlerError
+from .errors import FiddlerError, FiddlerWarning
 from .lanes.accelerator import AcceleratorLanes
 from .lanes.device import Device, open_device
 from .lanes.routing import CPU, RESIDENT, STREAMED, route
@@ -243,6 +244,8 @@ def _cpu_threads(asked: int | None, device: Device) -> int:
     cores = usable_cores()
     if asked is None:
         return cpu_lane_threads(cores, device.kind)
+    if asked > cores:
+        warnings.warn(f"{asked} threads on {cores} usable cores take turns", FiddlerWarning, stacklevel=4)
     if asked < 1:
         raise FiddlerError("wrong number of threads", found=asked, expected=f"1 to {cores}, the usable cores")
     return asked

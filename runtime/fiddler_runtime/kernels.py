@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from .errors import FiddlerError
-from .machine import missing_flags, usable_cores
+from .machine import KNOWN_ISAS, missing_flags, usable_cores
 from .plan import ABI_VERSION, KernelSpec
 
 IDLE, RESIDENT, STREAMED, CPU = 0, 1, 2, 3
@@ -148,7 +148,7 @@ class KernelLibrary:
                 f"this plan's kernels were not compiled for {isa}",
                 found=", ".join(self.isas),
                 expected=isa,
-                hint=f"fiddlerc compile ... --isa {isa}",
+                hint=f"fiddlerc compile ... --isa {isa}" if isa in KNOWN_ISAS else f"--isa {self.isas[0]}",
             )
         missing = ", ".join(missing_flags(isa)) or "the operating system's permission"
         raise FiddlerError(

@@ -46,6 +46,7 @@ def permit(strategies: Sequence[str] | None, device: DeviceChoice) -> tuple[Stra
             "unknown strategies" if unknown else "no strategy is permitted",
             found=", ".join(unknown) if unknown else "an empty list",
             expected="one or more of " + ", ".join(ALL),
+            hint="--strategies " + ",".join(ALL),
         )
     if device == "none" and "cpu" not in strategies:
         raise FiddlerError(

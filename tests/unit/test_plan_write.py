@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,3 +169,10 @@ def test_values_that_no_reader_would_accept_are_not_written(tmp_path: Path) -> N
     with pytest.raises(FiddlerError, match="cpu_us"):
         write_plan(tmp_path / "plan", sample_header(), sample_tables(cpu_us=np.ones(8, np.float64)), FILES)
     assert not os.listdir(tmp_path)
+
+
+def test_writers_of_the_same_plan_take_turns(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: write_sample(tmp_path / "plan"), range(12)))
+    assert read_plan(tmp_path / "plan").path == tmp_path / "plan"
+    assert [p.name for p in tmp_path.iterdir()] == ["plan"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -120,7 +121,19 @@ def _fill(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _publish(temporary: Path, dest: Path) -> None:
-    """Renames `temporary` to `dest`; a plan that is there is moved aside first and put back if that fails."""
+    """Renames `temporary` to `dest`; a plan that is there is moved aside first and put back if that fails.
+
+    One writer at a time in that folder: the kernel drops the lock with the descriptor, whatever happens.
+    """
+    folder = os.open(dest.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        _replace(temporary, dest)
+    finally:
+        os.close(folder)
+
+
+def _replace(temporary: Path, dest: Path) -> None:
     if not dest.exists():
         os.rename(temporary, dest)
         _sync_folder(dest.parent)
