@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -10,7 +11,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .. import strict
@@ -48,18 +49,19 @@ def write_plan(dest: Path, header: Header, tables: Tables, extra_files: Mapping[
     check_files(header.files)
     check_tables(tables, header)
 
-    _check_destination(dest)
     target = Path(os.path.abspath(dest))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir()
-            _fill(temporary, {**files, HEADER: strict.dump(header)})
-            _publish(temporary, target)
-        finally:
-            # Also after an interrupt. A published directory has gone from here by then.
-            shutil.rmtree(temporary, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _one_writer(target.parent):
+            _check_destination(dest)
+            try:
+                temporary.mkdir()
+                _fill(temporary, {**files, HEADER: strict.dump(header)})
+                _publish(temporary, target)
+            finally:
+                # Also after an interrupt. A published directory has gone from here by then.
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise _refused(dest, error, sum(map(len, files.values()))) from None
     return Plan(dest, header, tables)
@@ -120,20 +122,19 @@ def _fill(folder: Path, files: Mapping[str, bytes]) -> None:
         _sync_folder(each)
 
 
-def _publish(temporary: Path, dest: Path) -> None:
-    """Renames `temporary` to `dest`; a plan that is there is moved aside first and put back if that fails.
-
-    One writer at a time in that folder: the kernel drops the lock with the descriptor, whatever happens.
-    """
-    folder = os.open(dest.parent, os.O_RDONLY | os.O_DIRECTORY)
+@contextlib.contextmanager
+def _one_writer(folder: Path) -> Iterator[None]:
+    """Writers of plans in one folder take turns. The lock goes with the descriptor, whatever happens."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        _replace(temporary, dest)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
-def _replace(temporary: Path, dest: Path) -> None:
+def _publish(temporary: Path, dest: Path) -> None:
+    """Renames `temporary` to `dest`; a plan that is there is moved aside first and put back if that fails."""
     if not dest.exists():
         os.rename(temporary, dest)
         _sync_folder(dest.parent)
