@@ -47,8 +47,10 @@ test: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/pytest -q -m 'not slow and not gpu' tests/unit tests/golden
+	@# Side by side: the first run of mypy, without its cache, takes as long as the tests.
+	$(BIN)/mypy & types=$$!; \
+	  $(BIN)/pytest -q -m 'not slow and not gpu' tests/unit tests/golden; tests=$$?; \
+	  wait $$types && exit $$tests
 
 test-gpu: $(READY)
 	mkdir -p build
