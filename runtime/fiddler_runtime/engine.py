@@ -20,10 +20,11 @@ from .dispatch import Dispatcher
 from .errors import FiddlerError, FiddlerWarning
 from .lanes.accelerator import AcceleratorLanes
 from .lanes.device import Device, open_device
-from .lanes.routing import CPU, RESIDENT, STREAMED, route
+from .lanes.routing import route
 from .lanes.streamed import StreamedLane
 from .loading import load_plan, open_library
 from .machine import cpu_lane_threads, usable_cores
+from .makespan import CPU, RESIDENT, STREAMED
 from .plan import Plan
 from .store import place
 from .strategies import DeviceChoice

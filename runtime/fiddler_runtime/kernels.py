@@ -26,9 +26,6 @@ from .errors import FiddlerError
 from .machine import KNOWN_ISAS, missing_flags, usable_cores
 from .plan import ABI_VERSION, KernelSpec
 
-IDLE, RESIDENT, STREAMED, CPU = 0, 1, 2, 3
-"""Strategies, as enum fdl_strategy."""
-
 _OK = 0
 _ALIGNMENT = 64
 

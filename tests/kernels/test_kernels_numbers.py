@@ -7,7 +7,8 @@ import pytest
 import torch
 from kernel_samples import ISAS, SHAPES, Expert, library, one_expert, open_isa, random_expert, run_moe
 
-from fiddler_runtime.kernels import CPU, IDLE, RESIDENT, STREAMED, Kernels
+from fiddler_runtime.kernels import Kernels
+from fiddler_runtime.makespan import CPU, IDLE, RESIDENT, STREAMED
 
 SMALL = (129, 40)
 LARGE = (256, 1408)  # with some hundred tokens more than one thread is given to itself

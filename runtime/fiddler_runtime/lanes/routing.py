@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-RESIDENT, STREAMED, CPU = 1, 2, 3  # enum fdl_strategy, templates/include/fiddler/abi.h
+from ..makespan import RESIDENT, STREAMED
 
 
 @dataclass(frozen=True)
