@@ -7,7 +7,7 @@ are defined here. All are frozen; units are in the field names; docstrings give 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from fiddler_runtime.machine import Accelerator, Machine
 from fiddler_runtime.plan import (
     CurveSummary,
     ExpertTensors,
+    Feature,
     KernelSpec,
     KernelVariant,
     MemoryItem,
@@ -32,6 +33,7 @@ __all__ = [
     "Calibration",
     "CurveSummary",
     "ExpertTensors",
+    "Feature",
     "KernelSources",
     "KernelSpec",
     "KernelVariant",
@@ -47,10 +49,16 @@ __all__ = [
     "PlacementSummary",
     "Provenance",
     "Sample",
+    "Scenario",
+    "StepSample",
+    "Steps",
     "Tables",
     "Trace",
 ]
 
+Regime = Literal["fast", "slow"]
+Scenario = Literal["decode", "prefill", "beam"]
+SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
 Quantity = Literal["cpu_expert", "gpu_expert", "host_to_device", "device_to_host", "cpu_expert_while_copying"]
 
 
@@ -60,6 +68,7 @@ class Sample:
 
     Experts: hidden_size, intermediate_size and tokens are set and bytes is the weights read.
     Copies: bytes is the amount copied and the shape fields are 0.
+    regime: of the host's memory, see Limits; "fast" is also what a machine with one regime has.
     """
 
     quantity: Quantity
@@ -72,14 +81,43 @@ class Sample:
     median_us: float
     spread_us: float
     repeats: int
+    regime: Regime
+
+
+@dataclass(frozen=True)
+class StepSample:
+    """One measured step of a model without its routed experts: attention, norms, router, head, and the runtime's own work.
+
+    tokens     computed by the step, of all sequences together
+    sequences  side by side;  context: tokens that each had in its cache before
+    The other fields are the model's: what a step of another model can be extrapolated from.
+    """
+
+    model: str
+    model_fingerprint: str
+    num_layers: int
+    non_expert_bytes: int
+    kv_bytes_per_token: int
+    tokens: int
+    sequences: int
+    context: int
+    median_us: float
+    spread_us: float
+    repeats: int
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The machine's ceilings: measured, or read from a data sheet. 0 where there is no such device."""
+    """The machine's ceilings: measured, or read from a data sheet. 0 where there is no such device.
+
+    Some machines' memory switches between two bandwidths every few seconds. cpu_read_gbps is then the fast regime's,
+    cpu_read_slow_gbps the slow one's (0 on a machine with one), cpu_slow_share how much of the time it was seen.
+    """
 
     cpu_threads: int
     cpu_read_gbps: float
+    cpu_read_slow_gbps: float
+    cpu_slow_share: float
     cpu_peak_gflops: float
     gpu_read_gbps: float
     gpu_peak_gflops: float
@@ -93,13 +131,14 @@ class Limits:
 class Calibration:
     """hw.json: a machine, its limits and raw samples. A data sheet has limits and no samples."""
 
-    schema: Literal["fiddlerc-hw/1"]
+    schema: Literal["fiddlerc-hw/2"]
     name: str
     provenance: Provenance
     source: str
     machine: Machine
     limits: Limits
     samples: tuple[Sample, ...]
+    steps: tuple[StepSample, ...]
 
 
 @dataclass(frozen=True)
@@ -122,20 +161,51 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Steps of one scenario, as placement and simulation replay them.
+
+    counts    int32 [steps, layers, experts]  how many tokens of the step chose each expert
+    tokens    int32 [steps]     computed by the step, of all sequences together
+    kv        int32 [steps]     cached tokens that the step attends to, summed over its sequences
+    sequence  int32 [steps]     steps of one sequence follow each other in time
+    top_ids   int16 [steps, layers]  the expert that most tokens of the step chose; for one token, its first choice
+    heldout   bool [steps]      not to be fitted to: what a choice is judged by
+    """
+
+    scenario: Scenario
+    counts: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int32]
+    kv: npt.NDArray[np.int32]
+    sequence: npt.NDArray[np.int32]
+    top_ids: npt.NDArray[np.int16]
+    heldout: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
 class LatencyModel:
     """Fitted latencies of one expert shape on one machine; what the dispatch tables are sampled from.
 
-    tokens int32 [n] grid, cpu_us and gpu_us float64 [n] non-decreasing; scalars in microseconds.
+    tokens int32 [n] grid; cpu_us float64 [r, n], gpu_us, rest_us float64 [n], non-decreasing; regime_shares float64 [r];
+    all as in plan.Tables. Scalars in microseconds.
     """
 
     tokens: npt.NDArray[np.int32]
     cpu_us: npt.NDArray[np.float64]
+    regime_shares: npt.NDArray[np.float64]
     gpu_us: npt.NDArray[np.float64]
+    rest_us: npt.NDArray[np.float64]
+    rest_kv_us: float
     cpu_overhead_us: float
     gpu_overhead_us: float
     stream_us: float
     contention: float
     curves: tuple[CurveSummary, ...]
+
+    @property
+    def prevailing_us(self) -> npt.NDArray[np.float64]:
+        """c(n) in the regime that was seen most, float64 [n]."""
+        prevailing: npt.NDArray[np.float64] = self.cpu_us[int(np.argmax(self.regime_shares))]
+        return prevailing
 
 
 @dataclass(frozen=True)

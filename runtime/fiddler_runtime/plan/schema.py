@@ -13,9 +13,9 @@ import numpy.typing as npt
 from .. import strict
 from ..machine import Machine
 
-FORMAT_MAJOR = 1
+FORMAT_MAJOR = 2
 FORMAT_MINOR = 0
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 HEADER = "plan.json"
 TABLES = "tables.safetensors"
@@ -130,13 +130,19 @@ class MemoryItem:
 
 @dataclass(frozen=True)
 class CurveSummary:
-    """How one latency table came about. Errors are relative, over held-out sizes; 0 where nothing was measured."""
+    """How one latency table came about. Errors are relative, over held-out sizes; 0 where nothing was measured.
 
-    quantity: Literal["cpu_expert", "gpu_expert", "host_to_device"]
+    interval_low, interval_high  factors on the prediction between which 90 % of held-out times lie; 1 where nothing was
+                                 measured
+    """
+
+    quantity: Literal["cpu_expert", "gpu_expert", "host_to_device", "rest_of_step"]
     model: str
     formula: str
     heldout_median_error: float
     heldout_max_error: float
+    interval_low: float
+    interval_high: float
     samples: int
     interpolated: bool
     candidates: dict[str, float]
@@ -154,13 +160,35 @@ class HardwareSummary:
 
 @dataclass(frozen=True)
 class PlacementSummary:
-    """Experts on the accelerator, and what that buys on the popularity the placement rests on."""
+    """Experts on the accelerator, and what that buys.
+
+    method        "expected time": the least time on sampled steps; "popularity": where that was no worse on held-out ones
+    hit_rate      share of expert choices that find their expert resident; random_hit_rate: for as many chosen blindly
+    expected_us   by "placed", "popularity", "random" and "worst": the MoE layers' time of a step, summed over layers and
+                  averaged over the objective's steps (held-out ones where the trace has them)
+    """
 
     basis: str
+    method: Literal["expected time", "popularity"]
     resident_experts: int
     total_experts: int
     hit_rate: float
     random_hit_rate: float
+    expected_us: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that the runtime can do and the plan switches on where the simulation says that it pays.
+
+    gain_decode, gain_prefill, gain_beam  the simulated saving, as a share of a step's expert time
+    """
+
+    name: Literal["split", "prefetch"]
+    on: bool
+    gain_decode: float
+    gain_prefill: float
+    gain_beam: float
 
 
 @dataclass(frozen=True)
@@ -186,6 +214,7 @@ class Header:
     memory: tuple[MemoryItem, ...]
     latency: tuple[CurveSummary, ...]
     placement: PlacementSummary
+    features: tuple[Feature, ...]
     assumptions: tuple[str, ...]
     tools: dict[str, str]
     files: tuple[FileEntry, ...]
@@ -194,23 +223,33 @@ class Header:
 
 @dataclass(frozen=True)
 class Tables:
-    """tables.safetensors.
+    """tables.safetensors. r is 2 where the machine's memory has two regimes (docs/calibration.md), else 1; fast first.
 
-    tokens          int32 [n]    grid of cpu_us and gpu_us: dense from 0, then log-spaced, increasing
-    cpu_us, gpu_us  float32 [n]  one expert with that many tokens, microseconds, non-decreasing
-    scalars_us      float32 [3]  CPU lane entry c0, accelerator lane entry g0, copy of one expert w
-    contention      float32 [1]  gamma, relative slow-down of the CPU lane while copies run
-    decode_streams  int32 [top_k + 1]  for a one-token step with that many misses: how many of them to stream
+    tokens          int32 [n]       grid of the curves: dense from 0, then log-spaced, increasing
+    cpu_us          float32 [r, n]  one expert with that many tokens on the CPU, microseconds, non-decreasing
+    regime_shares   float32 [r]     how much of the time each regime was seen; sums to 1
+    gpu_us          float32 [n]     the same on the accelerator
+    rest_us         float32 [n]     a step of that many tokens without its routed experts, the whole model; 0 if unknown
+    rest_kv_us      float32 [1]     what each cached token that a step attends to adds to that
+    scalars_us      float32 [3]     CPU lane entry c0, accelerator lane entry g0, copy of one expert w
+    contention      float32 [1]     gamma, relative slow-down of the CPU lane while copies run
+    decode_streams  int32 [top_k + 1]  for a one-token step with that many misses: how many of them to stream whole
+    prefetch        int16 [layers, experts, 2]  for a token that chose an expert: the experts off the accelerator that it
+                    most likely chooses in the next layer (after the last: in the first, of the next token); -1 for none
     resident        uint8 [layers, experts]  1 where the expert lives on the accelerator
     popularity      float32 [layers, experts]  share of the layer's choices; rows sum to 1
     """
 
     tokens: npt.NDArray[np.int32]
     cpu_us: npt.NDArray[np.float32]
+    regime_shares: npt.NDArray[np.float32]
     gpu_us: npt.NDArray[np.float32]
+    rest_us: npt.NDArray[np.float32]
+    rest_kv_us: npt.NDArray[np.float32]
     scalars_us: npt.NDArray[np.float32]
     contention: npt.NDArray[np.float32]
     decode_streams: npt.NDArray[np.int32]
+    prefetch: npt.NDArray[np.int16]
     resident: npt.NDArray[np.uint8]
     popularity: npt.NDArray[np.float32]
 

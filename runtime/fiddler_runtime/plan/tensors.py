@@ -12,16 +12,20 @@ from safetensors.numpy import load
 from ..errors import FiddlerError
 from .schema import Tables
 
-_DTYPES = {"int32": "I32", "float32": "F32", "uint8": "U8"}
-# In file order: four-byte types first, so that every tensor is aligned.
+_DTYPES = {"int32": "I32", "float32": "F32", "int16": "I16", "uint8": "U8"}
+# In file order: wide types first, so that every tensor is aligned.
 _TYPES = {
     "tokens": "int32",
     "cpu_us": "float32",
+    "regime_shares": "float32",
     "gpu_us": "float32",
+    "rest_us": "float32",
+    "rest_kv_us": "float32",
     "scalars_us": "float32",
     "contention": "float32",
     "decode_streams": "int32",
     "popularity": "float32",
+    "prefetch": "int16",
     "resident": "uint8",
 }
 MAX_BYTES = 1 << 28
