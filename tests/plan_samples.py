@@ -15,6 +15,7 @@ from fiddler_runtime.plan import (
     FORMAT_MINOR,
     CurveSummary,
     ExpertTensors,
+    Feature,
     HardwareSummary,
     Header,
     KernelSpec,
@@ -99,8 +100,15 @@ def sample_header(**changes: Any) -> Header:
         hardware=HardwareSummary("made-up", "measured", "tests", sample_machine()),
         options=Options("decode", 128, 1, 1 << 20),
         memory=(MemoryItem("non-expert weights", 100_000), MemoryItem("KV cache", 65_536)),
-        latency=(CurveSummary("cpu_expert", "linear", "1 + 2 n", 0.01, 0.02, 20, True, {"linear": 0.01, "flat": 0.5}),),
-        placement=PlacementSummary("uniform assumption", 3, LAYERS * EXPERTS, 0.375, 0.375),
+        latency=(
+            CurveSummary(
+                "cpu_expert", "linear", "1 + 2 n", 0.01, 0.02, 0.9, 1.1, 20, True, {"linear": 0.01, "flat": 0.5}
+            ),
+        ),
+        placement=PlacementSummary(
+            "uniform assumption", "popularity", 3, LAYERS * EXPERTS, 0.375, 0.375, {"placed": 10.0, "worst": 12.0}
+        ),
+        features=(Feature("split", False, 0.0, 0.01, 0.0), Feature("prefetch", False, 0.0, 0.0, 0.0)),
         assumptions=("made up",),
         tools={"fiddlerc": "0"},
         files=(),
@@ -114,7 +122,11 @@ def sample_tables(**changes: Any) -> Tables:
     tokens = np.array([0, 1, 2, 3, 4, 8, 64, 512], np.int32)
     tables = Tables(
         tokens=tokens,
-        cpu_us=(tokens * 10.0).astype(np.float32),
+        cpu_us=(tokens * 10.0).astype(np.float32)[None],
+        regime_shares=np.ones(1, np.float32),
+        rest_us=np.where(tokens > 0, 100 + tokens, 0).astype(np.float32),
+        rest_kv_us=np.array([0.01], np.float32),
+        prefetch=np.full((LAYERS, EXPERTS, 2), -1, np.int16),
         gpu_us=np.where(tokens > 0, 5 + 0.01 * tokens, 0).astype(np.float32),
         scalars_us=np.array([1, 2, 25], np.float32),
         contention=np.array([0.1], np.float32),

@@ -12,7 +12,7 @@ import torch
 
 from .errors import FiddlerError
 from .kernels import KernelLibrary, TablesStruct
-from .makespan import ALL, CPU, IDLE, RESIDENT, STREAMED, Decision, Latencies, Strategy, choose, dense
+from .makespan import ALL, CPU, IDLE, RESIDENT, SPLIT, STREAMED, Decision, Latencies, Strategy, choose, dense, priced
 from .plan import Tables
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "CPU",
     "IDLE",
     "RESIDENT",
+    "SPLIT",
     "STREAMED",
     "Decision",
     "Dispatcher",
@@ -29,9 +30,6 @@ __all__ = [
     "dense",
 ]
 
-# Longer than anything, yet a thousand of them still fit a float: what is not allowed is priced so that it never pays.
-_NEVER_US = 1e30
-
 
 class Dispatcher:
     """Decides with the plan's tables through the library's fdl_dispatch.
@@ -40,14 +38,22 @@ class Dispatcher:
     tables       the plan's; `tables.resident` [layers, experts] says where experts are
     num_experts  columns of the resident table
     allow        strategies to choose from, see `makespan.choose`
+    rows         intermediate rows of an expert where one of a layer may be split; 0: none is
 
-    `counts` int32 [experts], `strategy` uint8 [experts] and `lane_us` float32 [2] (predicted CPU lane, accelerator)
-    are views of the last decision, overwritten by the next. One thread at a time.
+    `counts` int32 [experts], `strategy` uint8 [experts], `split` int32 [2] (the expert marked SPLIT and how many of its
+    rows are streamed, or -1 and 0) and `lane_us` float32 [2] (predicted CPU lane, accelerator) are views of the last
+    decision, overwritten by the next. One thread at a time.
     Raises FiddlerError if only "resident" is allowed and some expert is not, or if shapes do not agree.
     """
 
     def __init__(
-        self, library: KernelLibrary, tables: Tables, num_experts: int, *, allow: Sequence[Strategy | str] = ALL
+        self,
+        library: KernelLibrary,
+        tables: Tables,
+        num_experts: int,
+        *,
+        allow: Sequence[Strategy | str] = ALL,
+        rows: int = 0,
     ) -> None:
         unknown = sorted(set(allow) - set(ALL))
         if unknown or not allow:
@@ -72,13 +78,15 @@ class Dispatcher:
         self.allow = tuple(strategy for strategy in ALL if strategy in allow)
         self.counts: npt.NDArray[np.int32] = np.zeros(num_experts, np.int32)
         self.strategy: npt.NDArray[np.uint8] = np.zeros(num_experts, np.uint8)
+        self.split: npt.NDArray[np.int32] = np.array([-1, 0], np.int32)
         self.lane_us: npt.NDArray[np.float32] = np.zeros(2, np.float32)
         self._library = library
+        self._lent: list[tuple[int, int, int]] = []
 
         # Kept alive here: the native side holds pointers into them.
         masked = tables.resident if "resident" in allow else np.zeros_like(tables.resident)
-        self._resident = np.ascontiguousarray(masked, np.uint8)
-        self._latencies = _priced(dense(tables), self.allow)
+        self._resident = np.array(masked, np.uint8, order="C")
+        self._latencies = priced(dense(tables, rows=rows), self.allow)
         struct = TablesStruct(
             self._latencies.cpu_us.ctypes.data,
             self._latencies.gpu_us.ctypes.data,
@@ -87,17 +95,19 @@ class Dispatcher:
             self._latencies.gpu_overhead_us,
             self._latencies.stream_us,
             self._latencies.contention,
+            self._latencies.rows,
         )
         self._tables = ctypes.byref(struct)
         self._rows = [ctypes.c_void_p(row.ctypes.data) for row in self._resident]
         self._experts = ctypes.c_int32(num_experts)
         self._counts = ctypes.c_void_p(self.counts.ctypes.data)
         self._strategy = ctypes.c_void_p(self.strategy.ctypes.data)
+        self._split = ctypes.c_void_p(self.split.ctypes.data)
         self._lane_us = ctypes.c_void_p(self.lane_us.ctypes.data)
         self._function = _holding_the_gil(library)
 
     def decide(self, layer: int, topk_ids: torch.Tensor) -> npt.NDArray[np.uint8]:
-        """The strategy of every expert of a layer, uint8 [experts] (IDLE, RESIDENT, STREAMED, CPU): `self.strategy`.
+        """The strategy of every expert of a layer, uint8 [experts] (IDLE, RESIDENT, STREAMED, CPU, SPLIT).
 
         layer     row of the resident table
         topk_ids  int64, contiguous, on the CPU, any shape; ids outside [0, experts) belong to no expert
@@ -116,28 +126,23 @@ class Dispatcher:
             self._experts,
             self._counts,
             self._strategy,
+            self._split,
             self._lane_us,
         )
         if status:
             self._library.check(status, "dispatch a layer")
         return self.strategy
 
+    def lend(self, layer: int, expert: int) -> None:
+        """Until `take_back`, decides as if that expert were resident: its weights are on their way for this step."""
+        self._lent.append((layer, expert, int(self._resident[layer, expert])))
+        self._resident[layer, expert] = 1
 
-def _priced(latencies: Latencies, allow: Sequence[str]) -> Latencies:
-    """The same latencies, with what is not allowed at a price that is never the least."""
-    cpu_us, stream_us = latencies.cpu_us, latencies.stream_us
-    if "cpu" not in allow:
-        cpu_us = np.where(np.arange(len(cpu_us)) > 0, np.float32(_NEVER_US), np.float32(0))
-    if "streamed" not in allow:
-        stream_us = _NEVER_US
-    return Latencies(
-        cpu_us=cpu_us,
-        gpu_us=latencies.gpu_us,
-        cpu_overhead_us=latencies.cpu_overhead_us,
-        gpu_overhead_us=latencies.gpu_overhead_us,
-        stream_us=stream_us,
-        contention=latencies.contention,
-    )
+    def take_back(self) -> None:
+        """Ends what `lend` began."""
+        while self._lent:
+            layer, expert, before = self._lent.pop()
+            self._resident[layer, expert] = before
 
 
 def _holding_the_gil(library: KernelLibrary) -> Any:

@@ -41,6 +41,7 @@ class TablesStruct(ctypes.Structure):
         ("gpu_overhead_us", c_float),
         ("stream_us", c_float),
         ("contention", c_float),
+        ("rows", c_int32),
     )
 
 
@@ -58,6 +59,7 @@ class _MoeCall(ctypes.Structure):
         ("tokens", c_int64),
         ("top_k", c_int32),
         ("num_experts", c_int32),
+        ("split_rows", c_int32),
     )
 
 
@@ -198,6 +200,7 @@ class Kernels:
         experts: ctypes.Array[c_void_p],
         out: torch.Tensor,
         strategy: npt.NDArray[np.uint8] | None = None,
+        split_rows: int = 0,
     ) -> None:
         """The CPU share of one MoE layer: out[t] = sum over k of weight[t, k] * expert(id[t, k])(hidden[t]).
 
@@ -206,7 +209,8 @@ class Kernels:
         topk_weights  float32 [tokens, top_k]
         experts       `make_pointers` of the layer's packed experts
         out           float32 [tokens, H], overwritten; rows without a computed expert are zero
-        strategy      uint8 [experts]: only experts marked CPU are computed; None computes all
+        strategy      uint8 [experts]: only experts marked CPU or SPLIT are computed; None computes all
+        split_rows    of experts marked SPLIT, so many intermediate rows are left out, the first; a multiple of 64
         """
         tokens, top_k = topk_ids.shape
         width = self._hidden_size
@@ -243,6 +247,7 @@ class Kernels:
             tokens,
             top_k,
             len(experts),
+            split_rows,
         )
         status = self._moe(self._open(), byref(call))
         if status != _OK:
@@ -374,7 +379,7 @@ def _declare(native: Any) -> None:
         "fdl_moe": (c_int32, (c_void_p, POINTER(_MoeCall))),
         "fdl_dispatch": (
             c_int32,
-            (POINTER(TablesStruct), c_void_p, c_int64, c_void_p, c_int32, c_void_p, c_void_p, c_void_p),
+            (POINTER(TablesStruct), c_void_p, c_int64, c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_void_p),
         ),
         "fdl_probe_read": (c_int32, (c_void_p, c_void_p, c_int64, POINTER(c_double))),
         "fdl_probe_peak": (c_int32, (c_void_p, c_double, POINTER(c_double))),

@@ -223,7 +223,7 @@ class _Layers:
 
     def __init__(self, counts: npt.NDArray[np.integer], at_home: npt.NDArray[np.bool_], latencies: Latencies) -> None:
         self._latencies = latencies
-        self._at_home: npt.NDArray[np.bool_] = at_home.any(axis=1)
+        self._at_home = np.asarray(at_home.any(axis=1))
         self._resident_us = np.where(at_home, look_up(latencies.gpu_us, counts), 0.0).sum(axis=1)
         missing = np.where(at_home, 0, counts).astype(np.int64)
         self._sorted = -np.sort(-missing, axis=1)

@@ -39,6 +39,9 @@ def check_header(header: Header) -> None:
     _check_machine(header)
     for curve in header.latency:
         _not_negative(f"latency.{curve.quantity}", curve.samples, curve.heldout_median_error, curve.heldout_max_error)
+        if not 0.0 < curve.interval_low <= curve.interval_high:
+            found = f"an interval from {curve.interval_low} to {curve.interval_high}"
+            raise _bad(f"latency.{curve.quantity}", found, "factors above 0, in order")
     _unique("latency", [curve.quantity for curve in header.latency])
 
     placement = header.placement
@@ -50,6 +53,9 @@ def check_header(header: Header) -> None:
         if not 0.0 <= rate <= 1.0:
             raise _bad(f"placement.{name}", rate, "0 to 1")
 
+    for name, time_us in placement.expected_us.items():
+        _not_negative(f"placement.expected_us.{name}", time_us)
+    _unique("features", [feature.name for feature in header.features])
     _unique("memory", [item.item for item in header.memory])
     for item in header.memory:
         _not_negative(f"memory {item.item!r}", item.bytes)
@@ -98,11 +104,18 @@ def check_tables(tables: Tables, header: Header) -> None:
     grid = (tables.tokens.size,)
     placed = (len(model.moe_layers), model.num_experts)
     _array("tokens", tables.tokens, np.int32, grid)
-    _array("cpu_us", tables.cpu_us, np.float32, grid)
-    _array("gpu_us", tables.gpu_us, np.float32, grid)
+    regimes = tables.regime_shares.size
+    if regimes not in (1, 2):
+        raise _bad("tables.regime_shares", f"{regimes} regimes", "1 or 2")
+    _array("regime_shares", tables.regime_shares, np.float32, (regimes,))
+    _array("cpu_us", tables.cpu_us, np.float32, (regimes, *grid))
+    for name in ("gpu_us", "rest_us"):
+        _array(name, getattr(tables, name), np.float32, grid)
+    _array("rest_kv_us", tables.rest_kv_us, np.float32, (1,))
     _array("scalars_us", tables.scalars_us, np.float32, (3,))
     _array("contention", tables.contention, np.float32, (1,))
     _array("decode_streams", tables.decode_streams, np.int32, (model.top_k + 1,))
+    _array("prefetch", tables.prefetch, np.int16, (*placed, 2))
     _array("resident", tables.resident, np.uint8, placed)
     _array("popularity", tables.popularity, np.float32, placed)
 
@@ -110,14 +123,32 @@ def check_tables(tables: Tables, header: Header) -> None:
         raise _bad("tables.tokens", _shown(tables.tokens), "two or more token counts, increasing from 0")
     if tables.tokens[-1] > MAX_TOKENS:
         raise _bad("tables.tokens", f"up to {tables.tokens[-1]}", f"at most {MAX_TOKENS} tokens")
-    for name in ("cpu_us", "gpu_us", "scalars_us", "contention", "popularity"):
+    for name in (
+        "cpu_us",
+        "regime_shares",
+        "gpu_us",
+        "rest_us",
+        "rest_kv_us",
+        "scalars_us",
+        "contention",
+        "popularity",
+    ):
         values = getattr(tables, name)
         if not np.isfinite(values).all() or (values < 0).any():
             raise _bad(f"tables.{name}", "a negative, infinite or undefined number", "finite numbers from 0")
-    for name in ("cpu_us", "gpu_us"):
-        values = getattr(tables, name)
+    for name, values in (
+        *(("cpu_us", regime) for regime in tables.cpu_us),
+        ("gpu_us", tables.gpu_us),
+        ("rest_us", tables.rest_us),
+    ):
         if values[0] != 0 or (values[1:] < values[:-1]).any():
             raise _bad(f"tables.{name}", _shown(values), "0 for no tokens, and never less for more tokens")
+    if (tables.cpu_us[-1] < tables.cpu_us[0]).any():
+        raise _bad("tables.cpu_us", "a slow regime that is faster", "the fast regime first")
+    if abs(float(tables.regime_shares.sum(dtype=np.float64)) - 1.0) > _ROW_SUM_TOLERANCE:
+        raise _bad("tables.regime_shares", _shown(tables.regime_shares), "shares of sum 1")
+    if (tables.prefetch < -1).any() or (tables.prefetch >= model.num_experts).any():
+        raise _bad("tables.prefetch", _shown(tables.prefetch), f"-1, or an expert below {model.num_experts}")
     misses = np.arange(model.top_k + 1)
     if (tables.decode_streams < 0).any() or (tables.decode_streams > misses).any():
         raise _bad("tables.decode_streams", _shown(tables.decode_streams), "0 to m streamed experts for m misses")

@@ -162,10 +162,10 @@ class HardwareSummary:
 class PlacementSummary:
     """Experts on the accelerator, and what that buys.
 
-    method        "expected time": the least time on sampled steps; "popularity": where that was no worse on held-out ones
+    method        "expected time": the least on sampled steps; "popularity": where that was no worse on held-out ones
     hit_rate      share of expert choices that find their expert resident; random_hit_rate: for as many chosen blindly
-    expected_us   by "placed", "popularity", "random" and "worst": the MoE layers' time of a step, summed over layers and
-                  averaged over the objective's steps (held-out ones where the trace has them)
+    expected_us   by "placed", "popularity", "random" and "worst": the time of a step in its MoE layers, all layers
+                  together, averaged over the objective's steps (held-out ones where the trace has them)
     """
 
     basis: str
@@ -234,8 +234,8 @@ class Tables:
     scalars_us      float32 [3]     CPU lane entry c0, accelerator lane entry g0, copy of one expert w
     contention      float32 [1]     gamma, relative slow-down of the CPU lane while copies run
     decode_streams  int32 [top_k + 1]  for a one-token step with that many misses: how many of them to stream whole
-    prefetch        int16 [layers, experts, 2]  for a token that chose an expert: the experts off the accelerator that it
-                    most likely chooses in the next layer (after the last: in the first, of the next token); -1 for none
+    prefetch        int16 [layers, experts, 2]  for a token that chose an expert: the experts off the accelerator that
+                    it most likely chooses in the next layer (after the last: in the first, of the next token); or -1
     resident        uint8 [layers, experts]  1 where the expert lives on the accelerator
     popularity      float32 [layers, experts]  share of the layer's choices; rows sum to 1
     """
