@@ -75,8 +75,11 @@ def write_sample_plan(
     tokens = np.array([*range(65), 128, 1024, 8192], np.int32)
     latency = ir.LatencyModel(
         tokens=tokens,
-        cpu_us=1.0 * tokens,
+        cpu_us=1.0 * tokens[None],
+        regime_shares=np.ones(1),
         gpu_us=1.0 * tokens,
+        rest_us=0.0 * tokens,
+        rest_kv_us=0.0,
         cpu_overhead_us=1.0,
         gpu_overhead_us=1.0,
         stream_us=25.0,
@@ -86,10 +89,12 @@ def write_sample_plan(
     uniform = np.full(mask.shape, 1.0 / spec.num_experts)
     summary = PlacementSummary(
         basis="made up",
+        method="popularity",
         resident_experts=int(mask.sum()),
         total_experts=mask.size,
         hit_rate=float(mask.mean()),
         random_hit_rate=float(mask.mean()),
+        expected_us={},
     )
     tables = placement.make_tables(spec, latency, ir.Placement(mask, uniform, summary))
     sources = codegen.generate(spec.hidden_size, spec.intermediate_size)
@@ -109,6 +114,7 @@ def write_sample_plan(
         memory=(),
         latency=(),
         placement=summary,
+        features=(),
         assumptions=(),
         tools={},
         files=(),

@@ -12,15 +12,25 @@ from fiddler_runtime.makespan import Latencies, choose, dense
 from ..ir import LatencyModel, ModelSpec, Placement, Tables
 
 
-def make_tables(spec: ModelSpec, latency: LatencyModel, placement: Placement) -> Tables:
-    """A plan's tables, float32. Rounding keeps curves non-decreasing, since it keeps order."""
+def make_tables(
+    spec: ModelSpec, latency: LatencyModel, placement: Placement, prefetch: npt.NDArray[np.int16] | None = None
+) -> Tables:
+    """A plan's tables, float32. Rounding keeps curves non-decreasing, since it keeps order.
+
+    prefetch  int16 [layers, experts, 2], see Tables; None where nothing is known of what follows what
+    """
+    nothing = np.full((*placement.resident.shape, 2), -1, np.int16)
     tables = Tables(
         tokens=latency.tokens.astype(np.int32),
         cpu_us=latency.cpu_us.astype(np.float32),
+        regime_shares=latency.regime_shares.astype(np.float32),
         gpu_us=latency.gpu_us.astype(np.float32),
+        rest_us=latency.rest_us.astype(np.float32),
+        rest_kv_us=np.array([latency.rest_kv_us], np.float32),
         scalars_us=np.array([latency.cpu_overhead_us, latency.gpu_overhead_us, latency.stream_us], np.float32),
         contention=np.array([latency.contention], np.float32),
         decode_streams=np.zeros(spec.top_k + 1, np.int32),
+        prefetch=nothing if prefetch is None else prefetch,
         resident=placement.resident.astype(np.uint8),
         popularity=placement.popularity.astype(np.float32),
     )

@@ -54,11 +54,15 @@ def tables(experts: int, top_k: int) -> Tables:
     tokens = np.arange(4097, dtype=np.int32)
     return Tables(
         tokens=tokens,
-        cpu_us=tokens.astype(np.float32),
+        cpu_us=tokens.astype(np.float32)[None],
+        regime_shares=np.ones(1, np.float32),
         gpu_us=(0.1 * tokens).astype(np.float32),
+        rest_us=np.zeros(len(tokens), np.float32),
+        rest_kv_us=np.zeros(1, np.float32),
         scalars_us=np.array([1, 5, 8], np.float32),
         contention=np.array([0.1], np.float32),
         decode_streams=np.zeros(top_k + 1, np.int32),
+        prefetch=np.full((1, experts, 2), -1, np.int16),
         resident=(np.arange(experts) % 3 == 0).astype(np.uint8)[None, :],
         popularity=np.full((1, experts), 1 / experts, np.float32),
     )

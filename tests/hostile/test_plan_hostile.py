@@ -22,7 +22,7 @@ from fiddler_runtime import strict
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.plan import FileEntry, Plan, Tables, peek_version, read_plan
 from fiddler_runtime.plan.reader import digest
-from fiddler_runtime.plan.tensors import encode_tables
+from fiddler_runtime.plan.tensors import _TYPES, encode_tables
 
 
 @pytest.fixture
@@ -131,13 +131,13 @@ def test_not_a_plan(tmp_path: Path) -> None:
         (b"{}", "format"),
         (b"\xff\xfe", "JSON"),
         (b"[" * 100_000, "JSON"),
-        (b'{"format_major": 1, "format_minor": 0, "format_minor": 0}', "twice"),
-        (b'{"format_major": 1, "format_minor": NaN}', "finite"),
+        (b'{"format_major": 2, "format_minor": 0, "format_minor": 0}', "twice"),
+        (b'{"format_major": 2, "format_minor": NaN}', "finite"),
         (b'{"format_major": ' + b"9" * 5000 + b"}", "JSON"),
         (b'{"format_major": true, "format_minor": 0}', "format"),
         (b'{"format_major": -1, "format_minor": 0}', "format"),
-        (b'{"format_major": 1, "format_minor": 0, "surprise": 1}', "unknown key"),
-        (b'{"format_major": 1, "format_minor": 0}', "missing key"),
+        (b'{"format_major": 2, "format_minor": 0, "surprise": 1}', "unknown key"),
+        (b'{"format_major": 2, "format_minor": 0}', "missing key"),
     ],
 )
 def test_plan_json_of_another_kind(plan: Path, text: bytes, words: str) -> None:
@@ -151,11 +151,11 @@ def test_plan_json_of_a_huge_size_is_not_read(plan: Path) -> None:
     refused(plan, "too large")
 
 
-@pytest.mark.parametrize(("major", "minor"), [(2, 0), (1, 1), (999, 7)])
+@pytest.mark.parametrize(("major", "minor"), [(3, 0), (2, 1), (999, 7)])
 def test_a_newer_format_is_named_even_where_it_cannot_be_read(plan: Path, major: int, minor: int) -> None:
     text = json.dumps({"format_major": major, "format_minor": minor, "unheard": ["of"]})
     (plan / "plan.json").write_text(text)
-    error = refused(plan, "newer format", f"plan format {major}.{minor}", "1.0")
+    error = refused(plan, "newer format", f"plan format {major}.{minor}", "2.0")
     assert error.hint == "pip install --upgrade fiddlerc"
     assert peek_version(plan) == (major, minor)
 
@@ -167,7 +167,7 @@ def test_an_older_format_asks_for_another_compile(plan: Path) -> None:
 
 def test_another_abi(plan: Path) -> None:
     reseal(plan, lambda value: value.update(abi=7))
-    refused(plan, "ABI 7", "ABI 1")
+    refused(plan, "ABI 7", "ABI 2")
 
 
 def test_reformatted_json_is_refused(plan: Path) -> None:
@@ -310,6 +310,9 @@ HEADERS: list[tuple[str, object, str]] = [
     ("placement.total_experts", 7, "total_experts"),
     ("placement.hit_rate", 1.5, "hit_rate"),
     ("placement.hit_rate", "high", "a number"),
+    ("placement.method", "luck", "popularity"),
+    ("placement.expected_us", {"placed": -1.0}, "0 or more"),
+    ("features", [{"name": "magic"}], "missing key"),
     ("tools", {"x": 1}, "text"),
     ("assumptions", "none", "a list"),
     ("files", {}, "a list"),
@@ -354,11 +357,18 @@ TABLES: list[tuple[str, Callable[[npt.NDArray[Any]], object], str]] = [
     ("tokens", put(-1, 2**31 - 1), "at most"),
     ("tokens", lambda a: a.astype(np.float32), "float32"),
     ("tokens", lambda a: a[:4], "cpu_us"),
-    ("cpu_us", put(2, np.nan), "finite"),
-    ("cpu_us", put(-1, np.inf), "finite"),
-    ("cpu_us", put(2, -1), "finite numbers from 0"),
-    ("cpu_us", put(-1, 1), "never less"),
-    ("cpu_us", put(0, 1), "0 for no tokens"),
+    ("cpu_us", put((0, 2), np.nan), "finite"),
+    ("cpu_us", put((0, -1), np.inf), "finite"),
+    ("cpu_us", put((0, 2), -1), "finite numbers from 0"),
+    ("cpu_us", put((0, -1), 1), "never less"),
+    ("cpu_us", put((0, 0), 1), "0 for no tokens"),
+    ("cpu_us", lambda a: np.concatenate([a, a]), "float32"),
+    ("regime_shares", lambda a: np.ones(3, np.float32), "1 or 2"),
+    ("regime_shares", put(0, 0.5), "sum 1"),
+    ("rest_us", put(-1, 1), "never less"),
+    ("rest_kv_us", put(0, np.nan), "finite"),
+    ("prefetch", put((0, 0, 0), 4), "an expert below 4"),
+    ("prefetch", put((0, 0, 0), -2), "-1"),
     ("gpu_us", put(3, 0), "never less"),
     ("gpu_us", lambda a: a.astype(np.int32), "int32"),
     ("scalars_us", lambda a: a[:2], "scalars_us"),
@@ -385,12 +395,12 @@ def test_tables_that_cannot_be(plan: Path, name: str, change: Callable[[npt.NDAr
     refused(plan, words)
 
 
-ORDER = ("tokens", "cpu_us", "gpu_us", "scalars_us", "contention", "decode_streams", "popularity", "resident")
+ORDER = tuple(_TYPES)
 
 
 def raw_safetensors(arrays: dict[str, npt.NDArray[Any]], names: tuple[str, ...] = ORDER) -> bytes:
     """What encode_tables writes, without its care for types."""
-    kinds = {"int32": "I32", "float32": "F32", "float64": "F64", "uint8": "U8"}
+    kinds = {"int16": "I16", "int32": "I32", "float32": "F32", "float64": "F64", "uint8": "U8"}
     index, data = {}, b""
     for name in names:
         raw = arrays[name].tobytes()

@@ -58,12 +58,13 @@ def test_a_library_without_vector_variants_runs_everything() -> None:
         assert kernels.peak_gflops(1.0) > 0
         assert kernels.read_gbps(torch.zeros(1 << 20)) > 0
     table = np.array([0, 1, 2], dtype=np.float32)
-    tables = TablesStruct(table.ctypes.data, table.ctypes.data, 3, 0, 0, 1, 0)
+    tables = TablesStruct(table.ctypes.data, table.ctypes.data, 3, 0, 0, 1, 0, 0)
     ids = np.array([0, 1, 1, 7], dtype=np.int64)
     counts, strategy, lanes = np.empty(2, np.int32), np.empty(2, np.uint8), np.empty(2, np.float32)
+    split = np.empty(2, np.int32)
     status = built.native.fdl_dispatch(
         tables, ids.ctypes.data, 4, np.zeros(2, np.uint8).ctypes.data, 2,
-        counts.ctypes.data, strategy.ctypes.data, lanes.ctypes.data,
+        counts.ctypes.data, strategy.ctypes.data, split.ctypes.data, lanes.ctypes.data,
     )  # fmt: skip
     assert status == 0
     assert counts.tolist() == [1, 2]

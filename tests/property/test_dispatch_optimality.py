@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from kernel_samples import library
 from plan_samples import sample_tables
 
-from fiddler_runtime.dispatch import ALL, CPU, IDLE, RESIDENT, STREAMED, Dispatcher
-from fiddler_runtime.makespan import Latencies, choose, dense, look_up
+from fiddler_runtime import makespan
+from fiddler_runtime.dispatch import ALL, CPU, IDLE, RESIDENT, SPLIT, STREAMED, Dispatcher
+from fiddler_runtime.makespan import Latencies, choose, dense, look_up, makespans
 
 MAX_TOKENS = 2048
 TOKENS = np.arange(MAX_TOKENS + 2)
@@ -80,33 +82,93 @@ def random_layer(rng: Rng) -> tuple[Counts, Mask]:
     return counts, rng.random(experts) < rng.choice([0.0, 0.3, 0.6])
 
 
-@pytest.mark.parametrize(
-    ("machine", "worst", "mean"),
-    [
-        # Measured with this seed: worst 1.0490, mean 1.00008. 20,000 layers of another seed: 1.0502 and 1.00003, so
-        # that 1.05 is what to expect here and not a bound.
-        (gpu_machine, 1.05, 1.005),
-        # Measured with this seed: worst 1.4112, mean 1.0150; 6,000 layers of another: 1.5103, 1.0161. An expert costs
-        # the accelerator as much as the CPU here, so that how the work is parted matters, and taking the largest
-        # experts first is not always the best way to part it.
-        (simulated_machine, 1.55, 1.02),
-    ],
-)
-def test_the_rule_is_close_to_the_best_of_all_subsets(
-    machine: Callable[[Rng], Latencies], worst: float, mean: float
-) -> None:
+def adversarial_machine(rng: Rng) -> Latencies:
+    """Curves of steps and plateaus at random, either side the faster: nothing but monotone."""
+
+    def curve() -> npt.NDArray[np.float64]:
+        steps = rng.exponential(10 ** rng.uniform(-1, 2), MAX_TOKENS + 1) * (rng.random(MAX_TOKENS + 1) < rng.random())
+        return np.concatenate([[0], 10 ** rng.uniform(-1, 3) + np.cumsum(steps)])
+
+    return replace(_latencies(curve(), curve(), rng, 10 ** rng.uniform(-1, 4)), contention=rng.uniform(0, 2))
+
+
+MACHINES = (gpu_machine, simulated_machine, adversarial_machine)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_up_to_twelve_misses_the_choice_is_the_best_of_all_subsets(machine: Callable[[Rng], Latencies]) -> None:
     rng = np.random.default_rng(20260)
     ratios = []
-    for _ in range(2500):
+    for _ in range(4000):
         latencies = machine(rng)
         counts, resident = random_layer(rng)
         best = brute_force(counts, resident, latencies)
-        found = choose(counts, resident, latencies).makespan_us
-        assert found >= best * (1 - 1e-12)
-        ratios.append(found / best)
-    print(f"{machine.__name__}: worst {max(ratios):.4f}, mean {np.mean(ratios):.6f}")
+        ratios.append(choose(counts, resident, latencies).makespan_us / best)
+    print(f"{machine.__name__}: worst {max(ratios):.9f}, mean {np.mean(ratios):.9f} of {len(ratios)} layers")
+    assert min(ratios) >= 1 - 1e-9 and max(ratios) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("machine", "worst", "mean"),
+    # Measured with this seed: worst 1.0024, 1.0093, 1.0299; mean 1.000003, 1.000065, 1.000155.
+    [(gpu_machine, 1.005, 1.0001), (simulated_machine, 1.02, 1.0005), (adversarial_machine, 1.05, 1.001)],
+)
+def test_beyond_twelve_misses_the_rule_is_close(
+    machine: Callable[[Rng], Latencies], worst: float, mean: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What 256 experts are decided with, on layers small enough for brute force."""
+    monkeypatch.setattr(makespan, "EXACT_MISSES", 0)
+    rng = np.random.default_rng(20261)
+    ratios = []
+    while len(ratios) < 2000:
+        latencies = machine(rng)
+        counts, resident = random_layer(rng)
+        if ((counts > 0) & ~resident).sum() > makespan.TOP_MISSES:
+            ratios.append(choose(counts, resident, latencies).makespan_us / brute_force(counts, resident, latencies))
+    print(f"{machine.__name__}: worst {max(ratios):.4f}, mean {np.mean(ratios):.6f} of {len(ratios)} layers")
     assert max(ratios) <= worst
     assert np.mean(ratios) <= mean
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_splitting_one_expert_is_close_to_the_best_of_all_splits(machine: Callable[[Rng], Latencies]) -> None:
+    """Against every subset with every other miss split anywhere, copied last; never worse than no split."""
+    rng = np.random.default_rng(5)
+    ratios = []
+    for _ in range(300):
+        latencies = replace(machine(rng), rows=int(rng.integers(65, 400)))
+        experts = int(rng.integers(1, 6))
+        counts = rng.integers(1, 64, experts).astype(np.int32)
+        resident = rng.random(experts) < 0.2
+        whole = choose(counts, resident, replace(latencies, rows=0)).makespan_us
+        found = choose(counts, resident, latencies)
+        best = min(whole, best_split(counts, resident, latencies))
+        assert best * (1 - 1e-9) <= found.makespan_us <= whole * (1 + 1e-12)
+        assert makespans(counts[None], resident, latencies).makespan_us[0] == found.makespan_us
+        ratios.append(found.makespan_us / best)
+    print(f"{machine.__name__}: worst {max(ratios):.4f}, mean {np.mean(ratios):.6f} of the best split")
+    # Measured with this seed: worst 1.0006, 1.0610, 1.0086; mean 1.000002, 1.000677, 1.000029.
+    assert max(ratios) <= 1.1 and np.mean(ratios) <= 1.001
+
+
+def best_split(counts: Counts, resident: Mask, latencies: Latencies) -> float:
+    """The least makespan over subsets streamed whole, one other expert, and how many of its blocks are streamed."""
+    at_home = (counts > 0) & resident
+    misses = np.flatnonzero((counts > 0) & ~resident)
+    c, g = look_up(latencies.cpu_us, counts), look_up(latencies.gpu_us, counts)
+    best = float("inf")
+    for subset in itertools.product((False, True), repeat=len(misses)):
+        streamed = sorted(misses[list(subset)], key=lambda e: -counts[e])
+        done = float(g[at_home].sum())
+        for copies, expert in enumerate(streamed, 1):
+            done = max(done, copies * latencies.stream_us) + g[expert]
+        for split in set(misses) - set(streamed):
+            share = np.arange(64, latencies.rows, 64) / latencies.rows
+            others = sum(c[e] for e in misses if e != split and e not in streamed)
+            cpu = latencies.cpu_overhead_us + (1 + latencies.contention) * (others + (1 - share) * c[split])
+            gpu = np.maximum(done, (len(streamed) + share) * latencies.stream_us) + g[split]
+            best = min(best, float(np.maximum(cpu, gpu + latencies.gpu_overhead_us).min()))
+    return best
 
 
 def test_largest_first_is_the_best_order() -> None:
@@ -147,21 +209,6 @@ def unzip(layer: list[tuple[int, bool]]) -> tuple[Counts, Mask]:
 
 
 @given(layers, tables_of_any_kind)
-def test_where_the_accelerator_does_not_care_about_tokens_the_rule_is_optimal(
-    layer: list[tuple[int, bool]], latencies: Latencies
-) -> None:
-    """The exchange argument of docs/design.md is exact then: only how many are streamed counts for the accelerator."""
-    counts, resident = unzip(layer)
-    flat = Latencies(
-        latencies.cpu_us,
-        np.where(np.arange(13) > 0, latencies.gpu_us[1], 0).astype(np.float32),
-        *(latencies.cpu_overhead_us, latencies.gpu_overhead_us, latencies.stream_us, latencies.contention),
-    )
-    best = brute_force(counts, resident, flat)
-    assert choose(counts, resident, flat).makespan_us == pytest.approx(best, rel=1e-9, abs=1e-9)
-
-
-@given(layers, tables_of_any_kind)
 def test_never_worse_than_all_on_the_cpu_or_all_streamed(layer: list[tuple[int, bool]], latencies: Latencies) -> None:
     counts, resident = unzip(layer)
     chosen = choose(counts, resident, latencies).makespan_us
@@ -173,8 +220,10 @@ def test_never_worse_than_all_on_the_cpu_or_all_streamed(layer: list[tuple[int, 
 def test_fewer_tokens_never_take_longer(
     layer: list[tuple[int, bool]], latencies: Latencies, data: st.DataObject
 ) -> None:
-    """It holds for this rule and not only for the optimum: sorted, the smaller counts are smaller one by one."""
+    """It holds for the rule and not only for the optimum: what it tries are ranks, and sorted, the smaller counts are
+    smaller rank by rank."""
     counts, resident = unzip(layer)
+    latencies = replace(latencies, rows=data.draw(st.sampled_from([0, 64, 100, 640])))
     fewer = np.array([data.draw(st.integers(0, int(n))) for n in counts], np.int32)
     before, after = (choose(n, resident, latencies).makespan_us for n in (counts, fewer))
     assert after <= before * (1 + 1e-9)
@@ -216,15 +265,17 @@ def test_the_native_dispatcher_follows_the_rule(
     def curve() -> npt.NDArray[np.float32]:
         return np.concatenate([[0], np.cumsum(rng.exponential(10, size=len(grid) - 1))]).astype(np.float32)
 
+    rows = int(rng.choice([0, 24, 130, 1408]))
     tables = sample_tables(
         tokens=grid,
-        cpu_us=curve(),
+        cpu_us=curve()[None],
+        rest_us=np.zeros(len(grid), np.float32),
         gpu_us=curve(),
         scalars_us=rng.exponential([5, 5, 30]).astype(np.float32),
         contention=rng.random(1).astype(np.float32),
         resident=(rng.random((2, experts)) < (1 if allow == {"resident"} else 0.4)).astype(np.uint8),
     )
-    dispatcher = Dispatcher(library(8, 24), tables, experts, allow=tuple(allow))
+    dispatcher = Dispatcher(library(8, 24), tables, experts, allow=tuple(allow), rows=rows)
     # Skewed, so that some counts lie beyond the grid; and some ids that belong to no expert.
     ids = torch.from_numpy((experts * rng.random((tokens, top_k)) ** 3).astype(np.int64))
     ids[rng.random((tokens, top_k)) < 0.05] = -1
@@ -232,7 +283,9 @@ def test_the_native_dispatcher_follows_the_rule(
     counts = np.bincount(ids[(ids >= 0) & (ids < experts)].numpy(), minlength=experts)
     for layer in (0, 1, 0):
         strategy = dispatcher.decide(layer, ids)
-        expected = choose(counts, tables.resident[layer], dense(tables), tuple(allow))  # type: ignore[arg-type]
+        expected = choose(counts, tables.resident[layer], dense(tables, rows=rows), tuple(allow))  # type: ignore[arg-type]
         np.testing.assert_array_equal(dispatcher.counts, counts)
         np.testing.assert_allclose(dispatcher.lane_us, [expected.cpu_us, expected.accelerator_us], rtol=1e-6)
         np.testing.assert_array_equal(strategy, expected.strategy)
+        assert tuple(dispatcher.split) == (expected.split or (-1, 0))
+        assert (strategy == SPLIT).sum() == (expected.split is not None)

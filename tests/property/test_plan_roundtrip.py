@@ -25,8 +25,11 @@ def random_tables(seed: int, layers: int, experts: int, top_k: int, grid: int) -
 
     return sample_tables(
         tokens=np.concatenate([[0], np.cumsum(rng.integers(1, 500, grid))]).astype(np.int32),
-        cpu_us=curve(),
+        cpu_us=np.cumsum([curve(), curve()], axis=0, dtype=np.float32),
+        regime_shares=np.array([0.75, 0.25], np.float32),
         gpu_us=curve(),
+        rest_us=curve(),
+        prefetch=rng.integers(-1, experts, (layers, experts, 2)).astype(np.int16),
         scalars_us=rng.exponential(1e3, 3).astype(np.float32),
         contention=rng.random(1).astype(np.float32),
         decode_streams=rng.integers(0, np.arange(top_k + 1) + 1).astype(np.int32),
@@ -56,7 +59,9 @@ def test_plans_survive(seed: int, layers: int, experts: int, grid: int, text: st
         model=model,
         kernels=KernelSpec("k", hidden, intermediate, (KernelVariant("scalar", "k_scalar", 1, 1, 1),)),
         memory=(),
-        placement=PlacementSummary(text, residents, layers * experts, data.draw(st.floats(0, 1)), 0.5),
+        placement=PlacementSummary(
+            text, "popularity", residents, layers * experts, data.draw(st.floats(0, 1)), 0.5, {}
+        ),
         assumptions=tuple(data.draw(st.lists(texts, max_size=3))),
     )
     with tempfile.TemporaryDirectory() as folder:

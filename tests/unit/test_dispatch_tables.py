@@ -17,7 +17,7 @@ def test_dense_tables_pass_through_the_grid() -> None:
     tables = sample_tables()
     latencies = dense(tables)
     assert len(latencies.cpu_us) == tables.tokens[-1] + 1
-    np.testing.assert_allclose(latencies.cpu_us[tables.tokens], tables.cpu_us)
+    np.testing.assert_allclose(latencies.cpu_us[tables.tokens], tables.cpu_us[0])
     assert latencies.cpu_us[36] == pytest.approx(360.0)
     assert (np.diff(latencies.gpu_us) >= 0).all()
     assert latencies.stream_us == 25.0
@@ -25,9 +25,26 @@ def test_dense_tables_pass_through_the_grid() -> None:
 
 def test_long_grids_are_cut_and_continued_by_a_line() -> None:
     tokens = np.array([0, 1, 10, 100_000], np.int32)
-    latencies = dense(sample_tables(tokens=tokens, cpu_us=tokens.astype(np.float32), gpu_us=tokens.astype(np.float32)))
+    curve = tokens.astype(np.float32)
+    latencies = dense(sample_tables(tokens=tokens, cpu_us=curve[None], gpu_us=curve))
     assert len(latencies.cpu_us) == DENSE_TOKENS + 1
     assert look_up(latencies.cpu_us, np.array([3, 50_000])).tolist() == pytest.approx([3, 50_000])
+
+
+def test_the_regime_that_was_seen_most_decides() -> None:
+    fast = sample_tables().cpu_us
+    tables = sample_tables(cpu_us=np.concatenate([fast, 2 * fast]), regime_shares=np.array([0.4, 0.6], np.float32))
+    assert dense(tables).cpu_us[1] == dense(tables, regime=1).cpu_us[1] == 2 * dense(tables, regime=0).cpu_us[1]
+
+
+def test_a_lent_expert_is_resident_until_it_is_taken_back() -> None:
+    dispatcher = Dispatcher(library(8, 24), sample_tables(), EXPERTS)
+    ids = torch.tensor([[1, 2]])
+    assert dispatcher.decide(0, ids).tolist() == [IDLE, CPU, CPU, IDLE]
+    dispatcher.lend(0, 2)
+    assert dispatcher.decide(0, ids).tolist() == [IDLE, CPU, RESIDENT, IDLE]
+    dispatcher.take_back()
+    assert dispatcher.decide(0, ids).tolist() == [IDLE, CPU, CPU, IDLE]
 
 
 def test_a_layer_by_hand() -> None:

@@ -10,7 +10,7 @@ from plan_samples import sample_header, sample_machine
 from fiddler_runtime import compat
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import Accelerator, Machine
-from fiddler_runtime.plan import HardwareSummary, Header, MemoryItem, Options
+from fiddler_runtime.plan import ABI_VERSION, HardwareSummary, Header, MemoryItem, Options
 
 GPU = Accelerator("cuda", "Made-up GPU", 24 << 30, "600.1, CUDA 13.0")
 
@@ -42,7 +42,7 @@ def test_a_lesser_kernel_runs_and_says_so() -> None:
 
 def test_another_abi() -> None:
     with pytest.raises(FiddlerError, match="another interface"):
-        compat.check(sample_header(abi=2), sample_machine())
+        compat.check(sample_header(abi=ABI_VERSION + 1), sample_machine())
 
 
 MEND = "decisions may be off; hint: fiddlerc calibrate -o hw.json, then compile again with --hw hw.json"

@@ -14,7 +14,7 @@ import pytest
 from plan_samples import FILES, sample_header, sample_model, sample_tables, write_sample
 
 from fiddler_runtime.errors import FiddlerError
-from fiddler_runtime.plan import MemoryItem, peek_version, read_plan, write_plan, writer
+from fiddler_runtime.plan import FORMAT_MAJOR, FORMAT_MINOR, MemoryItem, peek_version, read_plan, write_plan, writer
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -28,7 +28,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [entry.path for entry in read.header.files] == sorted([*FILES, "tables.safetensors"])
     for name in vars(read.tables):
         np.testing.assert_array_equal(getattr(read.tables, name), getattr(written.tables, name))
-    assert peek_version(tmp_path / "plan") == (1, 0)
+    assert peek_version(tmp_path / "plan") == (FORMAT_MAJOR, FORMAT_MINOR)
 
 
 def test_two_writes_are_byte_identical_whatever_the_order_of_files(tmp_path: Path) -> None:
