@@ -75,12 +75,13 @@ def run_moe(
     ids: torch.Tensor,
     weights: torch.Tensor,
     strategy: object = None,
+    split_rows: int = 0,
 ) -> torch.Tensor:
     """One call; the output is poisoned with NaN first."""
     packed = [None if expert is None else expert.packed(kernels) for expert in experts]
     pointers = make_pointers([None if tensor is None else tensor.data_ptr() for tensor in packed])
     out = torch.full((hidden.shape[0], kernels.library.spec.hidden_size), float("nan"))
-    kernels.moe(hidden, ids, weights, pointers, out, strategy)  # type: ignore[arg-type]
+    kernels.moe(hidden, ids, weights, pointers, out, strategy, split_rows)  # type: ignore[arg-type]
     return out
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from kernel_samples import ISAS, SHAPES, Expert, library, one_expert, open_isa, random_expert, run_moe
 
+from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import Kernels
-from fiddler_runtime.makespan import CPU, IDLE, RESIDENT, STREAMED
+from fiddler_runtime.makespan import CPU, IDLE, RESIDENT, SPLIT, STREAMED
 
 SMALL = (129, 40)
 LARGE = (256, 1408)  # with some hundred tokens more than one thread is given to itself
@@ -130,6 +131,32 @@ def test_layer_is_the_weighted_sum_of_its_experts(isa: str, tokens: int) -> None
             held = [expert if index in chosen else None for index, expert in enumerate(experts)]
             out = run_moe(kernels, held, hidden, ids, weights, strategy)  # type: ignore[arg-type]
             assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("shape", "rows"), [((41, 2880), 64), ((41, 2880), 2816), ((2880, 129), 128), (LARGE, 704)])
+def test_part_of_an_expert(shape: tuple[int, int], rows: int, isa: str) -> None:
+    """Bit for bit what the expert gives whose other rows add nothing; the expert beside it stays whole."""
+    generator = torch.Generator().manual_seed(11)
+    whole, split = random_expert(shape, generator), random_expert(shape, generator)
+    rest = Expert(split.gate.clone(), split.up, split.down)
+    rest.gate[:rows] = 0
+    hidden = torch.randn(300, shape[0], generator=generator).bfloat16()
+    ids = torch.tensor([[0, 1], [1, -1], [-1, 0]])[torch.randint(0, 3, (300,), generator=generator)]
+    weights = torch.rand(300, 2, generator=generator)
+    with open_isa(shape, isa) as kernels:
+        for tokens in (1, 7, 300):
+            part = (hidden[:tokens], ids[:tokens], weights[:tokens])
+            expected = run_moe(kernels, [whole, rest], *part)
+            strategy = np.array([CPU, SPLIT], np.uint8)
+            assert torch.equal(run_moe(kernels, [whole, split], *part, strategy, rows), expected)
+
+
+@pytest.mark.parametrize("rows", [-64, 32, 1408, 1472])
+def test_parts_that_cannot_be(rows: int) -> None:
+    with library(*LARGE).open(None, 1) as kernels, pytest.raises(FiddlerError, match="out of range"):
+        one = torch.ones(1, 1)
+        run_moe(kernels, [None], torch.ones(1, LARGE[0]).bfloat16(), one.long(), one, np.array([SPLIT], np.uint8), rows)
 
 
 @pytest.mark.parametrize("isa", ISAS)
