@@ -11,7 +11,7 @@ READY  := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
 
-.PHONY: demo test check test-gpu plans golden clean
+.PHONY: demo test check test-gpu test-sanitizers plans golden clean
 
 # torch goes first: with it in place, no other requirement can pull in a different build of it.
 $(READY): pyproject.toml constraints.txt
@@ -51,6 +51,10 @@ check: $(READY)
 	$(BIN)/mypy & types=$$!; \
 	  $(BIN)/pytest -q -m 'not slow and not gpu' tests/unit tests/golden; tests=$$?; \
 	  wait $$types && exit $$tests
+
+# Part of `make test` too: the kernels under AddressSanitizer, UBSan and ThreadSanitizer.
+test-sanitizers: $(READY)
+	$(BIN)/pytest -rP tests/sanitizers
 
 test-gpu: $(READY)
 	mkdir -p build

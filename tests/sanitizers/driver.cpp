@@ -1,0 +1,104 @@
+// Runs the generated library under a sanitizer: what it reads, writes and shares, not whether the numbers are right.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "fiddler/abi.h"
+#include "shape.hpp"
+
+namespace {
+
+constexpr int kExperts = 5;
+constexpr int kTopK = 2;
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+// A heap block of exactly so many bytes, 64-byte aligned, so that one byte too many is seen.
+struct Block {
+  explicit Block(size_t bytes) : data(std::aligned_alloc(64, bytes)) { std::memset(data, 0x3c, bytes); }
+  ~Block() { std::free(data); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  uint16_t* bf16() const { return static_cast<uint16_t*>(data); }
+  void* data;
+};
+
+void layers(fdl_kernels* kernels, unsigned seed) {
+  std::mt19937 random(seed);
+  const size_t weights = static_cast<size_t>(fdl::kHidden) * fdl::kIntermediate;
+  std::vector<uint16_t> gate(weights, 0x3c00), up(weights, 0x3c00), down(weights, 0x3c00);
+  const Block packed(static_cast<size_t>(fdl_packed_bytes()));
+  require(fdl_pack(kernels, gate.data(), up.data(), down.data(), packed.bf16()) == FDL_OK, "pack");
+  require(fdl_unpack(kernels, packed.bf16(), gate.data(), up.data(), down.data()) == FDL_OK, "unpack");
+  const uint16_t* experts[kExperts];
+  for (auto& expert : experts) expert = packed.bf16();
+
+  for (const int64_t tokens : {0, 1, 2, 7, 65, 300}) {
+    std::vector<uint16_t> hidden(static_cast<size_t>(tokens * fdl::kHidden), 0x3c00);
+    std::vector<int64_t> ids(static_cast<size_t>(tokens * kTopK));
+    std::vector<float> weight(ids.size(), 0.5f), out(hidden.size());
+    for (auto& id : ids) id = static_cast<int64_t>(random() % (kExperts + 2)) - 1;
+    for (const int32_t rows : {0, 64}) {
+      if (rows >= fdl::kIntermediate) continue;
+      uint8_t strategy[kExperts] = {FDL_CPU, FDL_SPLIT, FDL_CPU, FDL_STREAMED, FDL_RESIDENT};
+      const fdl_moe_call call{hidden.data(), fdl::kHidden, ids.data(), weight.data(), strategy, experts,
+                              out.data(),    tokens,       kTopK,      kExperts,      rows};
+      require(fdl_moe(kernels, &call) == FDL_OK, "moe");
+    }
+  }
+}
+
+void dispatches() {
+  std::mt19937 random(7);
+  std::vector<float> cpu(100), gpu(100);
+  for (size_t i = 1; i < cpu.size(); ++i) {
+    cpu[i] = cpu[i - 1] + static_cast<float>(random() % 100);
+    gpu[i] = gpu[i - 1] + static_cast<float>(random() % 100);
+  }
+  for (const int32_t experts : {1, 8, 13, 256, 1024}) {
+    for (const int32_t rows : {0, 100, 14336}) {
+      const fdl_tables tables{cpu.data(), gpu.data(), 100, 1, 5, 60, 0.2f, rows};
+      std::vector<int64_t> ids(4096);
+      for (auto& id : ids) id = static_cast<int64_t>(random()) % (experts + 3) - 1;
+      std::vector<uint8_t> resident(static_cast<size_t>(experts)), strategy(resident.size());
+      for (auto& home : resident) home = random() % 4 == 0;
+      std::vector<int32_t> counts(resident.size());
+      int32_t split[2];
+      float lanes[2];
+      for (const int64_t count : {0, 1, 16, 4096})
+        require(fdl_dispatch(&tables, ids.data(), count, resident.data(), experts, counts.data(), strategy.data(), split,
+                             lanes) == FDL_OK,
+                "dispatch");
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  dispatches();
+  for (const char* isa : {"avx512_bf16", "avx512f", "avx2", "scalar"}) {
+    if (!fdl_isa_usable(isa)) {
+      std::printf("skipped %s: not built in, or not permitted here\n", isa);
+      continue;
+    }
+    fdl_kernels* one = nullptr;
+    fdl_kernels* other = nullptr;
+    require(fdl_open(isa, 3, nullptr, &one) == FDL_OK && fdl_open(isa, 2, nullptr, &other) == FDL_OK, "open");
+    // Two engines beside each other, and two callers of the same one.
+    std::thread first([&] { layers(one, 1); }), second([&] { layers(other, 2); });
+    layers(one, 3);
+    first.join();
+    second.join();
+    fdl_close(one);
+    fdl_close(other);
+    std::printf("ran %s\n", isa);
+  }
+}

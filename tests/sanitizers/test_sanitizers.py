@@ -1,0 +1,40 @@
+"""The generated library under AddressSanitizer with UBSan, and under ThreadSanitizer: `make test-sanitizers`."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import cmake
+import pytest
+from kernel_samples import write_sources
+
+from fiddler_runtime.machine import this_machine
+from fiddlerc.codegen import generate
+
+DRIVER = Path(__file__).with_name("driver.cpp")
+SHAPE = (72, 200)  # tails in both sizes, more than one block, and small enough to be quick without optimisation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_nothing_is_found(sanitizer: str, tmp_path: Path) -> None:
+    sources = generate(*SHAPE)
+    kernels = write_sources(sources, tmp_path / "kernels")
+    flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1"]
+    build = tmp_path / "build"
+    program = str(Path(cmake.CMAKE_BIN_DIR, "cmake"))
+    configure = [program, "-S", str(kernels), "-B", str(build), f"-DCMAKE_CXX_FLAGS={' '.join(flags)}"]
+    for command in (
+        # The linker script hides what the sanitizer's runtime looks for; everything is linked shared for its sake.
+        [*configure, "-DFIDDLER_STATIC_RUNTIME=OFF", "-DCMAKE_BUILD_TYPE=None"],
+        [program, "--build", str(build), "--parallel", "2"],
+        ["c++", "-std=c++17", *flags, str(DRIVER), f"-I{kernels}", f"-I{kernels / 'include'}", "-o", str(build / "driver"),
+         f"-L{build}", f"-l{sources.spec.name}", f"-Wl,-rpath,{build}", "-ldl", "-pthread"],
+        [str(build / "driver")],
+    ):  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    ran = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("ran ")]
+    assert ran == [isa for isa in this_machine("none").isa if isa in ran] and "scalar" in ran
+    print(done.stdout)
