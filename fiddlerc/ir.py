@@ -47,6 +47,8 @@ __all__ = [
     "Options",
     "Placement",
     "PlacementSummary",
+    "PolicyResult",
+    "Prediction",
     "Provenance",
     "Sample",
     "Scenario",
@@ -224,6 +226,33 @@ class Placement:
     resident: npt.NDArray[np.bool_]
     popularity: npt.NDArray[np.float64]
     summary: PlacementSummary
+
+
+@dataclass(frozen=True)
+class PolicyResult:
+    """What one strategy is predicted to reach. kernels: whose CPU kernels its times are of."""
+
+    policy: str
+    kernels: str
+    decode_tokens_per_s: float
+    ttft_s: float
+    prefill_tokens: int
+    beam_tokens_per_s: float
+    beam_width: int
+    hit_rate: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Our strategy first, then those of the literature.
+
+    regimes   decode tokens/s of ours in the (slow, fast) memory regime; None on machines with one
+    interval  factors on our times between which 90 % of them are expected
+    """
+
+    results: tuple[PolicyResult, ...]
+    regimes: tuple[float, float] | None
+    interval: tuple[float, float]
 
 
 @dataclass(frozen=True)
