@@ -3,6 +3,7 @@
 from .compare import BenchRequest, BenchResult, ScenarioResult, bench
 from .generate import RunRequest, RunResult, run
 from .loading import check_model, read_text
+from .rest import measure_rest
 
 __all__ = [
     "BenchRequest",
@@ -12,6 +13,7 @@ __all__ = [
     "ScenarioResult",
     "bench",
     "check_model",
+    "measure_rest",
     "read_text",
     "run",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import Machine, this_machine
 
-from .clock import StepClock, Timing
+from .clock import StepClock
 from .loading import DeviceChoice, Progress, load_model, load_tokenizer, read_text
 
 SCENARIOS = ("decode", "prefill", "beam")
@@ -130,7 +130,7 @@ def _scenario(name: str, request: BenchRequest, ours: Any, theirs: Any, ids: Any
     inputs = ids[:, :prompt].to(ours.device)
 
     def rate(model: Any) -> float:
-        timing = _timed(model, inputs, new, beams)
+        timing = timed(model, inputs, new, beams).timing(prompt)
         return timing.prompt_tokens / timing.ttft_s if name == "prefill" else timing.decode_tokens_per_s
 
     rate(ours)
@@ -151,7 +151,8 @@ def _scenario(name: str, request: BenchRequest, ours: Any, theirs: Any, ids: Any
     )
 
 
-def _timed(model: Any, inputs: Any, new_tokens: int, beams: int) -> Timing:
+def timed(model: Any, inputs: Any, new_tokens: int, beams: int) -> StepClock:
+    """One generation of exactly that many tokens: the clock of its steps."""
     import torch
 
     clock = StepClock()
@@ -166,7 +167,7 @@ def _timed(model: Any, inputs: Any, new_tokens: int, beams: int) -> Timing:
             pad_token_id=0,
             logits_processor=[clock],
         )
-    return clock.timing(inputs.shape[1])
+    return clock
 
 
 @contextmanager

@@ -1,0 +1,121 @@
+"""What a step of a model takes without its routed experts: measured through the runtime, with no expert active.
+
+A prompt's time has what `generate` does before its first step in it: that is what a user waits for.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fiddler_runtime.plan import Plan
+
+from ..ir import StepSample
+from .compare import timed
+from .loading import Progress, load_model
+
+DECODED = 24
+"""New tokens of a generation whose steps are timed one by one."""
+
+_DECODE_CONTEXTS = (16, 128, 512, 1536)
+_BEAMS, _BEAM_CONTEXT = 4, 64
+_PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+_SECONDS = 3.0  # a point that takes longer is timed once, and larger prompts are left out
+_ROUNDS = 5
+
+
+def measure_rest(plan: Plan, model_dir: Path, *, progress: Progress | None = None) -> tuple[StepSample, ...]:
+    """Steps of the model as `generate` takes them, on the plan's device, every layer through the engine.
+
+    Decode steps at several lengths of the cache, with one sequence and with beams; prompts of several lengths. The
+    engine gets ids that belong to no expert, so that all of a layer but its experts' work is done and timed.
+    """
+    import torch
+
+    model = load_model(
+        plan.path,
+        model_dir,
+        device="auto",
+        isa=None,
+        threads=None,
+        strategies=None,
+        trust_binaries=False,
+        progress=None,
+    )
+    try:
+        _leave_out_experts(model)
+        limit = min(model.config.max_position_embeddings, plan.header.options.context)
+        points = list(_points(limit))
+        samples = []
+        for done, (tokens, beams, new) in enumerate(points):
+            if progress is not None:
+                progress("calibrating: the rest of a step", done, len(points))
+            # Any tokens do: without experts nothing depends on what they say.
+            ids = torch.arange(tokens, device=model.device).remainder(model.config.vocab_size)[None]
+            times, context = _step_times(model, ids, beams, new)
+            rows = beams if new > 1 else tokens
+            samples.append(_sample(plan, rows, beams if new > 1 else 1, context, times))
+            if new == 1 and min(times) > _SECONDS:
+                break
+        return tuple(samples)
+    finally:
+        model.fiddler.close()
+
+
+def _points(limit: int) -> Iterator[tuple[int, int, int]]:
+    """(prompt tokens, beams, new tokens): decode steps, then prompts, the shortest first."""
+    for context in _DECODE_CONTEXTS:
+        if context + DECODED <= limit:
+            yield context, 1, DECODED
+    if limit >= _BEAM_CONTEXT + DECODED:
+        yield _BEAM_CONTEXT, _BEAMS, DECODED
+    for tokens in _PROMPTS:
+        if tokens < limit:
+            yield tokens, 1, 1
+
+
+def _step_times(model: Any, ids: Any, beams: int, new: int) -> tuple[list[float], int]:
+    """Seconds of each timed step, and how many tokens each sequence had in its cache."""
+    timed(model, ids, new, beams)  # buffers, caches and torch's own choices
+    times: list[float] = []
+    for _ in range(_ROUNDS):
+        clock = timed(model, ids, new, beams)
+        if new == 1:
+            times.append(clock.stamps[0] - clock.start)
+        else:
+            times += [after - before for before, after in zip(clock.stamps[1:], clock.stamps[2:], strict=False)]
+        if sum(times) > _SECONDS:
+            break
+    return times, 0 if new == 1 else ids.shape[1] + new // 2
+
+
+def _sample(plan: Plan, tokens: int, sequences: int, context: int, seconds: list[float]) -> StepSample:
+    spec = plan.header.model
+    low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    return StepSample(
+        model=spec.name,
+        model_fingerprint=spec.fingerprint,
+        num_layers=spec.num_layers,
+        non_expert_bytes=spec.non_expert_bytes,
+        kv_bytes_per_token=spec.kv_bytes_per_token,
+        tokens=tokens,
+        sequences=sequences,
+        context=context,
+        median_us=round(median * 1e6, 3),
+        spread_us=round((high - low) * 1e6, 3),
+        repeats=len(seconds),
+    )
+
+
+def _leave_out_experts(model: Any) -> None:
+    import torch
+
+    engine = model.fiddler
+    moe = engine.moe
+
+    def nobody(layer: int, hidden: Any, ids: Any, weights: Any) -> Any:
+        return moe(layer, hidden, torch.full_like(ids, -1), weights)
+
+    engine.moe = nobody
