@@ -106,7 +106,7 @@ def sample_header(**changes: Any) -> Header:
             ),
         ),
         placement=PlacementSummary(
-            "uniform assumption", "popularity", 3, LAYERS * EXPERTS, 0.375, 0.375, {"placed": 10.0, "worst": 12.0}
+            "uniform assumption", "popularity", 3, LAYERS * EXPERTS, 0.375, 0.375, {"placed": 0.9, "worst": 1.2}
         ),
         features=(Feature("split", False, 0.0, 0.01, 0.0), Feature("prefetch", False, 0.0, 0.0, 0.0)),
         assumptions=("made up",),

@@ -94,7 +94,7 @@ def write_sample_plan(
         total_experts=mask.size,
         hit_rate=float(mask.mean()),
         random_hit_rate=float(mask.mean()),
-        expected_us={},
+        relative_time={},
     )
     tables = placement.make_tables(spec, latency, ir.Placement(mask, uniform, summary))
     sources = codegen.generate(spec.hidden_size, spec.intermediate_size)

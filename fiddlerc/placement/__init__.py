@@ -1,7 +1,8 @@
 """Which experts live on the accelerator: the memory it has for them, the choice, and the tables that follow."""
 
 from .budget import count_memory
-from .place import place
+from .choice import place
+from .prefetch import make_prefetch
 from .tables import make_tables
 
-__all__ = ["count_memory", "make_tables", "place"]
+__all__ = ["count_memory", "make_prefetch", "make_tables", "place"]

@@ -65,3 +65,24 @@ def coactivation(trace: Trace) -> npt.NDArray[np.float64]:
     alone = np.einsum("lii->li", together)[:, :, None]
     shares: npt.NDArray[np.float64] = np.divide(together, alone, out=np.zeros_like(together), where=alone > 0)
     return shares
+
+
+def successors(trace: Trace | None, spec: ModelSpec) -> npt.NDArray[np.int32] | None:
+    """[layer, i, j]: how often a token whose first choice in that layer was i chose j in the next MoE layer.
+
+    int32 [layers, experts, experts]; after the last layer comes the first one of the sequence's next token. None where
+    the trace does not have tokens.
+    """
+    if trace is None or trace.experts is None or trace.sequence is None:
+        return None
+    layers, experts = len(spec.moe_layers), spec.num_experts
+    follows = np.zeros((layers, experts, experts), np.int32)
+    goes_on = np.flatnonzero(np.diff(trace.sequence) == 0)
+    for layer in range(layers):
+        first = trace.experts[:, layer, 0].astype(np.int64)
+        then = trace.experts[:, (layer + 1) % layers].astype(np.int64)
+        if layer == layers - 1:
+            first, then = first[goes_on], then[goes_on + 1]
+        pairs = (first[:, None] * experts + then).ravel()
+        follows[layer] = np.bincount(pairs, minlength=experts * experts).reshape(experts, experts)
+    return follows

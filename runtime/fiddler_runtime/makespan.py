@@ -155,7 +155,7 @@ def choose(
     if len(misses) and "streamed" not in allow and "cpu" not in allow:
         raise ValueError(f"experts {misses.tolist()} are not resident, and nothing else is allowed")
     misses = misses[np.argsort(-counts[misses].astype(np.int64), kind="stable")]
-    layers = _Layers(counts[None], at_home[None], priced(latencies, allow))
+    layers = _Layers(counts[None], at_home[None], priced(latencies, allow), TOP_MISSES)
     ((_, choice),) = layers.solve()
 
     strategy = np.full(len(counts), IDLE, np.uint8)
@@ -173,10 +173,15 @@ def makespans(
     counts: npt.NDArray[np.integer],
     resident: npt.NDArray[np.integer] | npt.NDArray[np.bool_],
     latencies: Latencies,
+    *,
+    top: int = TOP_MISSES,
 ) -> Spans:
-    """As `choose`, for many layers at once: counts [b, experts], resident [b, experts] or [experts]."""
+    """As `choose`, for many layers at once: counts [b, experts], resident [b, experts] or [experts].
+
+    top  less than TOP_MISSES looks at fewer candidates where there are many misses: faster, and rarely worse
+    """
     active = counts > 0
-    layers = _Layers(counts, active & (np.broadcast_to(resident, counts.shape) != 0), latencies)
+    layers = _Layers(counts, active & (np.broadcast_to(resident, counts.shape) != 0), latencies, top)
     spans = Spans(np.zeros(len(counts)), np.zeros(len(counts)), np.zeros(len(counts), np.int64))
     for rows, choice in layers.solve():
         spans.cpu_us[rows] = choice.cpu_us
@@ -221,8 +226,11 @@ class _Choice:
 class _Layers:
     """Layers to decide: counts [b, experts], at_home bool [b, experts], the active experts on the accelerator."""
 
-    def __init__(self, counts: npt.NDArray[np.integer], at_home: npt.NDArray[np.bool_], latencies: Latencies) -> None:
+    def __init__(
+        self, counts: npt.NDArray[np.integer], at_home: npt.NDArray[np.bool_], latencies: Latencies, top: int
+    ) -> None:
         self._latencies = latencies
+        self._top = top
         self._at_home = np.asarray(at_home.any(axis=1))
         self._resident_us = np.where(at_home, look_up(latencies.gpu_us, counts), 0.0).sum(axis=1)
         missing = np.where(at_home, 0, counts).astype(np.int64)
@@ -232,7 +240,7 @@ class _Layers:
     def solve(self) -> Iterator[tuple[Ints, _Choice]]:
         """(layers, their choices) for all layers, those with equally many misses together."""
         for misses in np.unique(self._misses).tolist():
-            top = misses if misses <= EXACT_MISSES else TOP_MISSES
+            top = misses if misses <= EXACT_MISSES else self._top
             layers = np.flatnonzero(self._misses == misses)
             step = max(1, _CHUNK // ((1 << top) * (misses - top + 1)))
             for begin in range(0, len(layers), step):

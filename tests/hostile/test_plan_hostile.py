@@ -311,7 +311,7 @@ HEADERS: list[tuple[str, object, str]] = [
     ("placement.hit_rate", 1.5, "hit_rate"),
     ("placement.hit_rate", "high", "a number"),
     ("placement.method", "luck", "popularity"),
-    ("placement.expected_us", {"placed": -1.0}, "0 or more"),
+    ("placement.relative_time", {"placed": -1.0}, "0 or more"),
     ("features", [{"name": "magic"}], "missing key"),
     ("tools", {"x": 1}, "text"),
     ("assumptions", "none", "a list"),

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plan_samples import sample_model
 
 from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.makespan import Latencies
 from fiddler_runtime.plan import CurveSummary, packed_bytes
-from fiddlerc.ir import LatencyModel, MemoryBudget, Options
+from fiddlerc.ir import LatencyModel, MemoryBudget, ModelSpec, Options, Placement
 from fiddlerc.placement import count_memory, make_tables, place
 
 MODEL = sample_model()
+LATENCIES = Latencies(np.array([0, 10, 20], np.float32), np.array([0, 5, 5], np.float32), 1.0, 2.0, 25.0, 0.1)
 MIXTRAL = sample_model(
     num_layers=32,
     moe_layers=tuple(range(32)),
@@ -31,6 +34,11 @@ MIXTRAL = sample_model(
 
 def budget(experts: int) -> MemoryBudget:
     return MemoryBudget(1, (), experts)
+
+
+def popular(model: ModelSpec, popularity: npt.NDArray[np.float64], count: int) -> Placement:
+    """A placement where nothing is known of any text."""
+    return place(model, LATENCIES, None, popularity, budget(count), "decode", "made up")
 
 
 def options(memory: int, context: int = 4096, batch: int = 1) -> Options:
@@ -82,7 +90,7 @@ def test_the_budget_is_kept_and_the_named_least_amount_works(memory: int) -> Non
 
 def test_the_most_popular_experts_of_all_layers_together() -> None:
     popularity = np.array([[0.7, 0.1, 0.1, 0.1], [0.3, 0.2, 0.25, 0.25]])
-    placed = place(MODEL, popularity, budget(3), "made up")
+    placed = popular(MODEL, popularity, 3)
     assert placed.resident.tolist() == [[True, False, False, False], [True, False, True, False]]
     assert placed.summary.hit_rate == pytest.approx((0.7 + 0.3 + 0.25) / 2)
     assert placed.summary.random_hit_rate == 3 / 8
@@ -92,7 +100,7 @@ def test_the_most_popular_experts_of_all_layers_together() -> None:
 def test_equal_experts_are_spread_over_the_layers() -> None:
     model = sample_model(num_layers=6, moe_layers=(0, 1, 2, 3, 4, 5), num_experts=8)
     for count in range(49):
-        placed = place(model, np.full((6, 8), 1 / 8), budget(count), "uniform assumption")
+        placed = popular(model, np.full((6, 8), 1 / 8), count)
         per_layer = placed.resident.sum(axis=1)
         assert per_layer.sum() == count
         assert per_layer.max() - per_layer.min() <= 1
@@ -102,7 +110,7 @@ def test_equal_experts_are_spread_over_the_layers() -> None:
 def test_popularity_maximises_the_hit_rate(count: int, weights: list[int], random: object) -> None:
     popularity = np.array(weights, float).reshape(2, 4) + 0.5
     popularity /= popularity.sum(axis=1, keepdims=True)
-    placed = place(MODEL, popularity, budget(count), "made up")
+    placed = popular(MODEL, popularity, count)
     assert placed.summary.resident_experts == placed.resident.sum() == count
     best = np.sort(popularity.ravel())[::-1][:count].sum() / 2
     assert placed.summary.hit_rate == pytest.approx(best)
@@ -113,18 +121,21 @@ def latency(cpu_us: float, gpu_us: float, stream_us: float) -> LatencyModel:
     tokens = np.array([0, 1, 2, 4, 1000], np.int32)
     return LatencyModel(
         tokens=tokens,
-        cpu_us=cpu_us * tokens,
+        cpu_us=cpu_us * tokens[None],
+        regime_shares=np.ones(1),
         gpu_us=gpu_us * (tokens > 0),
+        rest_us=0.0 * tokens,
+        rest_kv_us=0.0,
         cpu_overhead_us=1.0,
         gpu_overhead_us=2.0,
         stream_us=stream_us,
         contention=0.0,
-        curves=(CurveSummary("cpu_expert", "m", "f", 0.0, 0.0, 0, False, {}),),
+        curves=(CurveSummary("cpu_expert", "m", "f", 0.0, 0.0, 1.0, 1.0, 0, False, {}),),
     )
 
 
 def test_tables_are_what_the_plan_holds() -> None:
-    placed = place(MODEL, np.full((2, 4), 0.25), budget(3), "made up")
+    placed = popular(MODEL, np.full((2, 4), 0.25), 3)
     tables = make_tables(MODEL, latency(10.0, 1.0, 5.0), placed)
     assert tables.cpu_us.dtype == tables.gpu_us.dtype == tables.scalars_us.dtype == np.float32
     assert tables.resident.dtype == np.uint8
@@ -135,7 +146,7 @@ def test_tables_are_what_the_plan_holds() -> None:
 
 def test_decode_decisions_by_misses() -> None:
     model = replace(MODEL, top_k=4)
-    placed = place(model, np.full((2, 4), 0.25), budget(0), "made up")
+    placed = popular(model, np.full((2, 4), 0.25), 0)
     # A copy costs less than an expert on the CPU: some are streamed while the CPU works, more of more misses.
     cheap = make_tables(model, latency(10.0, 1.0, 5.0), placed).decode_streams
     assert cheap.tolist() == [0, 1, 1, 2, 3]

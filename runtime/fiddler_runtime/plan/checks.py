@@ -53,8 +53,8 @@ def check_header(header: Header) -> None:
         if not 0.0 <= rate <= 1.0:
             raise _bad(f"placement.{name}", rate, "0 to 1")
 
-    for name, time_us in placement.expected_us.items():
-        _not_negative(f"placement.expected_us.{name}", time_us)
+    for name, ratio in placement.relative_time.items():
+        _not_negative(f"placement.relative_time.{name}", ratio)
     _unique("features", [feature.name for feature in header.features])
     _unique("memory", [item.item for item in header.memory])
     for item in header.memory:

@@ -164,8 +164,8 @@ class PlacementSummary:
 
     method        "expected time": the least on sampled steps; "popularity": where that was no worse on held-out ones
     hit_rate      share of expert choices that find their expert resident; random_hit_rate: for as many chosen blindly
-    expected_us   by "placed", "popularity", "random" and "worst": the time of a step in its MoE layers, all layers
-                  together, averaged over the objective's steps (held-out ones where the trace has them)
+    relative_time by "placed", "popularity", "random" and "worst": a step's time in its MoE layers, over that of the
+                  placement by popularity; the mean of the objective's scenarios, on held-out steps of the trace
     """
 
     basis: str
@@ -174,7 +174,7 @@ class PlacementSummary:
     total_experts: int
     hit_rate: float
     random_hit_rate: float
-    expected_us: dict[str, float]
+    relative_time: dict[str, float]
 
 
 @dataclass(frozen=True)
