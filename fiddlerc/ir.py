@@ -88,7 +88,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class StepSample:
-    """One measured step of a model without its routed experts: attention, norms, router, head, and the runtime's own work.
+    """One measured step of a model without its routed experts: attention, norms, router, head, the runtime's own work.
 
     tokens     computed by the step, of all sequences together
     sequences  side by side;  context: tokens that each had in its cache before
@@ -187,8 +187,8 @@ class Steps:
 class LatencyModel:
     """Fitted latencies of one expert shape on one machine; what the dispatch tables are sampled from.
 
-    tokens int32 [n] grid; cpu_us float64 [r, n], gpu_us, rest_us float64 [n], non-decreasing; regime_shares float64 [r];
-    all as in plan.Tables. Scalars in microseconds.
+    tokens int32 [n] grid; cpu_us float64 [r, n], gpu_us, rest_us float64 [n], non-decreasing; regime_shares
+    float64 [r]; all as in plan.Tables. Scalars in microseconds.
     """
 
     tokens: npt.NDArray[np.int32]

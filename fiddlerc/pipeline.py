@@ -88,12 +88,25 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     budget = _budget(model, options, calibration)
     dump("memory", {"options": options, "budget": budget})
 
+    steps = tracing.sample_steps(trace, popularity, model, options)
+    dump("steps", {scenario: len(part.tokens) for scenario, part in steps.items()})
+
     basis = "uniform assumption" if trace is None else f"trace: {trace.source}"
-    placed = placement.place(model, popularity, budget, basis)
+    placed = placement.place(
+        model,
+        placement.latencies(fitted),
+        None if trace is None else steps,
+        popularity,
+        budget,
+        request.objective,
+        basis,
+        progress=progress,
+    )
     dump("placement", placed)
 
-    # Tables need the placement: the ready decode decisions depend on how many experts of a step can be resident.
-    tables = placement.make_tables(model, fitted, placed)
+    # Tables need the placement: what is worth fetching ahead is what is not resident.
+    prefetch = placement.make_prefetch(tracing.successors(trace, model), placed.resident)
+    tables = placement.make_tables(model, fitted, placed, prefetch)
     dump("tables", tables)
 
     sources = codegen.generate(model.hidden_size, model.intermediate_size, request.isas)

@@ -3,6 +3,6 @@
 from .budget import count_memory
 from .choice import place
 from .prefetch import make_prefetch
-from .tables import make_tables
+from .tables import latencies, make_tables
 
-__all__ = ["count_memory", "make_prefetch", "make_tables", "place"]
+__all__ = ["count_memory", "latencies", "make_prefetch", "make_tables", "place"]

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from fiddler_runtime.makespan import Latencies, choose, dense
+from fiddler_runtime.makespan import Latencies, choose, dense, dense_curve
 
 from ..ir import LatencyModel, ModelSpec, Placement, Tables
 
@@ -36,6 +36,18 @@ def make_tables(
     )
     # Decided with the rounded tables, as the runtime decides.
     return dataclasses.replace(tables, decode_streams=decode_streams(spec.top_k, dense(tables)))
+
+
+def latencies(latency: LatencyModel) -> Latencies:
+    """What decisions depend on, as the runtime will see it in the plan's float32 tables; no expert is split."""
+    return Latencies(
+        cpu_us=dense_curve(latency.tokens, latency.prevailing_us.astype(np.float32)),
+        gpu_us=dense_curve(latency.tokens, latency.gpu_us.astype(np.float32)),
+        cpu_overhead_us=float(np.float32(latency.cpu_overhead_us)),
+        gpu_overhead_us=float(np.float32(latency.gpu_overhead_us)),
+        stream_us=float(np.float32(latency.stream_us)),
+        contention=float(np.float32(latency.contention)),
+    )
 
 
 def decode_streams(top_k: int, latencies: Latencies) -> npt.NDArray[np.int32]:

@@ -30,7 +30,7 @@ def sample_steps(
 ) -> dict[Scenario, Steps]:
     """Steps of every scenario, the same for the same arguments.
 
-    decode   one token a step, up to 256 consecutive ones of a sequence, 4,096 in all; those that the trace decoded, if any
+    decode   one token a step, up to 256 consecutive ones of a sequence, 4,096 in all; decoded ones if there are any
     prefill  prompts of 32, 128 and 512 consecutive tokens, at most options.context, 12 in all
     beam     options.batch tokens a step (4 if that is 1), consecutive ones of a sequence: beams that share most of
              their history choose much like neighbours

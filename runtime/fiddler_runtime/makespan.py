@@ -100,19 +100,23 @@ def dense(tables: Tables, regime: int | None = None, rows: int = 0) -> Latencies
     regime  row of tables.cpu_us; default the one that was seen most
     rows    see Latencies
     """
-    tokens = np.arange(min(int(tables.tokens[-1]), DENSE_TOKENS) + 1)
-    grid = tables.tokens.astype(np.float64)
-    cpu_us = tables.cpu_us[int(np.argmax(tables.regime_shares)) if regime is None else regime]
+    prevailing = int(np.argmax(tables.regime_shares))
     c0, g0, w = (float(value) for value in tables.scalars_us)
     return Latencies(
-        cpu_us=np.interp(tokens, grid, cpu_us.astype(np.float64)).astype(np.float32),
-        gpu_us=np.interp(tokens, grid, tables.gpu_us.astype(np.float64)).astype(np.float32),
+        cpu_us=dense_curve(tables.tokens, tables.cpu_us[prevailing if regime is None else regime]),
+        gpu_us=dense_curve(tables.tokens, tables.gpu_us),
         cpu_overhead_us=c0,
         gpu_overhead_us=g0,
         stream_us=w,
         contention=float(tables.contention[0]),
         rows=rows,
     )
+
+
+def dense_curve(grid: npt.NDArray[np.integer], curve: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    """A curve on a grid of token counts, float32 for every count up to the grid's end or DENSE_TOKENS."""
+    tokens = np.arange(min(int(grid[-1]), DENSE_TOKENS) + 1)
+    return np.interp(tokens, grid.astype(np.float64), curve.astype(np.float64)).astype(np.float32)
 
 
 def look_up(table: npt.NDArray[np.float32], counts: npt.NDArray[np.integer]) -> Floats:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from plan_samples import sample_model
 
 from fiddler_runtime.errors import FiddlerError
-from fiddler_runtime.makespan import Latencies
+from fiddler_runtime.makespan import Latencies, dense
 from fiddler_runtime.plan import CurveSummary, packed_bytes
 from fiddlerc.ir import LatencyModel, MemoryBudget, ModelSpec, Options, Placement
-from fiddlerc.placement import count_memory, make_tables, place
+from fiddlerc.placement import count_memory, latencies, make_tables, place
 
 MODEL = sample_model()
 LATENCIES = Latencies(np.array([0, 10, 20], np.float32), np.array([0, 5, 5], np.float32), 1.0, 2.0, 25.0, 0.1)
@@ -153,3 +153,11 @@ def test_decode_decisions_by_misses() -> None:
     # A copy costs more than all experts on the CPU: none is.
     dear = make_tables(model, latency(10.0, 1.0, 500.0), placed).decode_streams
     assert dear.tolist() == [0, 0, 0, 0, 0]
+
+
+def test_decisions_of_the_compiler_see_what_the_plan_will_hold() -> None:
+    fitted = latency(10.0, 1.0, 5.0)
+    tables = make_tables(MODEL, fitted, popular(MODEL, np.full((2, 4), 0.25), 3))
+    mine, theirs = latencies(fitted), dense(tables)
+    for name in ("cpu_us", "gpu_us", "cpu_overhead_us", "gpu_overhead_us", "stream_us", "contention", "rows"):
+        np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))
