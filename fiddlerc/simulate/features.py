@@ -1,0 +1,71 @@
+"""Which of the runtime's abilities pay on this machine, with this placement: what a plan switches on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from fiddler_runtime.plan import Feature
+
+from ..ir import ModelSpec, Objective, Scenario, Steps, Tables
+from .ours import experts_us
+from .setting import Setting, make_setting
+
+LEAST_GAIN = 0.02
+"""A feature is switched on from this saving of expert time on."""
+
+
+def features(
+    spec: ModelSpec, tables: Tables, accelerator: str, steps: dict[Scenario, Steps], objective: Objective
+) -> tuple[Feature, ...]:
+    """The gain of splitting experts, and of prefetch on top of what was decided on splitting.
+
+    accelerator  its kind; without one there is nothing to gain
+    steps        of all scenarios; the held-out ones are replayed
+    A gain is the share of the steps' expert time that is saved. The objective's scenario decides (balanced: their
+    mean).
+    """
+    if accelerator == "none":
+        return Feature("split", False, 0.0, 0.0, 0.0), Feature("prefetch", False, 0.0, 0.0, 0.0)
+    setting = make_setting(spec, tables, accelerator)
+    held = {scenario: _heldout(sampled) for scenario, sampled in steps.items()}
+    plain = {scenario: _total_us(sampled, setting) for scenario, sampled in held.items()}
+
+    splitting = make_setting(spec, tables, accelerator, ["split"])
+    split = _feature("split", plain, {s: _total_us(sampled, splitting) for s, sampled in held.items()}, objective)
+    base = splitting if split.on else setting
+    before = {s: _total_us(sampled, base) for s, sampled in held.items()} if split.on else plain
+    fetching = replace(base, prefetch=tables.prefetch)
+    after = {s: _total_us(sampled, fetching) for s, sampled in held.items()}
+    return split, _feature("prefetch", before, after, objective)
+
+
+def _feature(
+    name: Literal["split", "prefetch"],
+    before: dict[Scenario, float],
+    after: dict[Scenario, float],
+    objective: Objective,
+) -> Feature:
+    gains = {s: round(1.0 - after[s] / before[s], 4) if before[s] else 0.0 for s in before}
+    weighed = math.fsum(gains.values()) / len(gains) if objective == "balanced" else gains[objective]
+    return Feature(name, weighed >= LEAST_GAIN, gains["decode"], gains["prefill"], gains["beam"])
+
+
+def _total_us(steps: Steps, setting: Setting) -> float:
+    return math.fsum(experts_us(steps, setting)[0].tolist())
+
+
+def _heldout(steps: Steps) -> Steps:
+    chosen = steps.heldout if steps.heldout.any() else np.ones(len(steps.tokens), np.bool_)
+    return replace(
+        steps,
+        counts=steps.counts[chosen],
+        tokens=steps.tokens[chosen],
+        kv=steps.kv[chosen],
+        sequence=steps.sequence[chosen],
+        top_ids=steps.top_ids[chosen],
+        heldout=steps.heldout[chosen],
+    )

@@ -1,0 +1,136 @@
+"""What is predicted: so many tokens in and out, a prompt, a beam search; and the steps that it takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from fiddler_runtime.errors import FiddlerError
+
+from ..ir import ModelSpec, Scenario, Steps
+
+BEAM_INPUT, BEAM_OUTPUT = 32, 64
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One of each scenario. scenarios: those that were asked for.
+
+    decode   input_tokens in, output_tokens out, one sequence
+    prefill  a prompt of prefill_tokens
+    beam     beam_width beams; 32 tokens in, 64 out
+    """
+
+    input_tokens: int = 32
+    output_tokens: int = 128
+    prefill_tokens: int = 512
+    beam_width: int = 4
+    scenarios: tuple[Scenario, ...] = ("decode", "prefill", "beam")
+
+
+def default_workload(spec: ModelSpec) -> Workload:
+    """32 in and 128 out, a prompt of 512, 4 beams: or less, where the model's context is shorter."""
+    half = max(1, spec.max_context // 2)
+    return Workload(min(32, half), min(128, half), min(512, spec.max_context))
+
+
+def parse_workload(texts: Sequence[str], spec: ModelSpec) -> Workload:
+    """'decode:IN/OUT', 'prefill:TOKENS', 'beam:WIDTH', or 'all' for the default of each.
+
+    Raises FiddlerError for other words, for zeros, and for what is longer than the model's context.
+    """
+    workload, asked = default_workload(spec), list[Scenario]()
+    for text in texts:
+        if text == "all":
+            asked += ["decode", "prefill", "beam"]
+        elif (found := re.fullmatch(r"decode:(\d+)/(\d+)", text)) and all(int(n) for n in found.groups()):
+            asked.append("decode")
+            workload = replace(workload, input_tokens=int(found[1]), output_tokens=int(found[2]))
+        elif (found := re.fullmatch(r"prefill:(\d+)", text)) and int(found[1]):
+            asked.append("prefill")
+            workload = replace(workload, prefill_tokens=int(found[1]))
+        elif (found := re.fullmatch(r"beam:(\d+)", text)) and int(found[1]):
+            asked.append("beam")
+            workload = replace(workload, beam_width=int(found[1]))
+        else:
+            raise FiddlerError(
+                "no such workload",
+                found=text,
+                expected="decode:IN/OUT, prefill:TOKENS, beam:WIDTH or all",
+                hint="--workload decode:32/128",
+            )
+    longest = max(workload.input_tokens + workload.output_tokens, workload.prefill_tokens)
+    if longest > spec.max_context:
+        raise FiddlerError(
+            f"the workload is longer than {spec.name}'s context",
+            found=f"{longest} tokens",
+            expected=f"at most {spec.max_context}",
+            hint=f"--workload prefill:{spec.max_context}",
+        )
+    order: tuple[Scenario, ...] = ("decode", "prefill", "beam")
+    return replace(workload, scenarios=tuple(s for s in order if s in asked) or order)
+
+
+def decode_steps(tokens: Steps, input_tokens: int, output_tokens: int) -> Steps:
+    """One token a step, from the sampled ones in their order, around again if they are too few."""
+    chosen = np.arange(output_tokens) % len(tokens.tokens)
+    ones, context = np.ones(output_tokens), input_tokens + np.arange(output_tokens)
+    return _steps("decode", tokens.counts[chosen], ones, context, tokens.top_ids[chosen])
+
+
+def beam_steps(tokens: Steps, width: int, together: bool) -> Steps:
+    """`width` neighbouring tokens a step, one further each step; or as many steps of one token each."""
+    start = np.arange(BEAM_OUTPUT) % max(1, len(tokens.tokens) - width + 1)
+    chosen = (start[:, None] + np.arange(width)) % len(tokens.tokens)
+    context = BEAM_INPUT + np.arange(BEAM_OUTPUT)
+    if not together:
+        flat = chosen.ravel()
+        return _steps("beam", tokens.counts[flat], np.ones(len(flat)), np.repeat(context, width), tokens.top_ids[flat])
+    counts = tokens.counts[chosen].sum(axis=1, dtype=np.int32)
+    return _steps("beam", counts, np.full(BEAM_OUTPUT, width), width * context, counts.argmax(axis=2))
+
+
+def prompt_steps(sampled: dict[Scenario, Steps], length: int, chunk_tokens: int) -> Steps:
+    """A prompt of `length` tokens, in parts of at most chunk_tokens (0: in one).
+
+    Sampled prompts, the longest first, are put one after another, and single sampled tokens fill what is left.
+    """
+    chunk = min(chunk_tokens or length, length)
+    sizes = [min(chunk, length - at) for at in range(0, length, chunk)]
+    prompts, tokens = sampled["prefill"], sampled["decode"]
+    # Stable: prompts of one length keep their order, so that every part begins with another text.
+    order = np.argsort(-prompts.tokens, kind="stable").tolist()
+    parts, at = [], 0
+    for size in sizes:
+        counts, left = np.zeros(prompts.counts.shape[1:], np.int32), size
+        while fitting := [p for p in order if prompts.tokens[p] <= left]:
+            longest = [p for p in fitting if prompts.tokens[p] == prompts.tokens[fitting[0]]]
+            chosen = longest[at % len(longest)]
+            counts, left, at = counts + prompts.counts[chosen], left - int(prompts.tokens[chosen]), at + 1
+        fill = (at + np.arange(left)) % len(tokens.tokens)
+        parts.append(counts + tokens.counts[fill].sum(axis=0, dtype=np.int32))
+    counts = np.stack(parts)
+    return _steps("prefill", counts, np.array(sizes), np.cumsum([0, *sizes[:-1]]), counts.argmax(axis=2))
+
+
+def _steps(
+    scenario: Scenario,
+    counts: npt.NDArray[np.int32],
+    tokens: npt.NDArray[np.generic],
+    kv: npt.NDArray[np.integer],
+    top_ids: npt.NDArray[np.integer],
+) -> Steps:
+    number = len(counts)
+    return Steps(
+        scenario=scenario,
+        counts=counts,
+        tokens=tokens.astype(np.int32),
+        kv=kv.astype(np.int32),
+        sequence=np.zeros(number, np.int32),
+        top_ids=top_ids.astype(np.int16),
+        heldout=np.zeros(number, np.bool_),
+    )
