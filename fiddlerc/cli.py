@@ -40,6 +40,7 @@ out = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 INTERRUPTED = 130
+SWEEP_POINTS = 10
 
 
 class ObjectiveOption(StrEnum):
@@ -69,6 +70,18 @@ def parse_bytes(text: str) -> int:
 def parse_isas(text: str) -> tuple[str, ...]:
     """'avx512_bf16,avx2' to its parts."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_sweep(text: str) -> tuple[int, ...]:
+    """'gpu-memory=8GiB..80GiB' to ten amounts, evenly spaced, the ends included; a bare number has the other's unit."""
+    match = re.fullmatch(r"gpu-memory=([\d.]+)(\w*)\.\.([\d.]+)(\w*)", text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a sweep, such as gpu-memory=8GiB..80GiB")
+    low, low_unit, high, high_unit = match.groups()
+    first, last = parse_bytes(low + (low_unit or high_unit)), parse_bytes(high + (high_unit or low_unit))
+    if not 0 < first < last:
+        raise typer.BadParameter(f"{text!r} does not go from less to more")
+    return tuple(first + (last - first) * step // (SWEEP_POINTS - 1) for step in range(SWEEP_POINTS))
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -427,6 +440,111 @@ def bench(
         f"{machine.cpu}, {machine.cores} cores; kernel {result.engine['isa']}, device {result.engine['device']}; "
         f"{result.rounds} interleaved rounds after a warm-up"
     )
+
+
+@app.command()
+def predict(
+    target: Annotated[str, typer.Argument(metavar="PLAN|MODEL", help="A plan, or a model's directory or name.")],
+    hw: Annotated[
+        str | None, typer.Option("--hw", metavar="HW", help="For a MODEL: a calibration file, or a catalogue name.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Replay which experts real text chooses.")] = None,
+    gpu_memory: Annotated[
+        Any, typer.Option(parser=parse_bytes, metavar="SIZE", help="For a MODEL: GPU memory to use, such as 24GiB.")
+    ] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WORK", help="decode:IN/OUT, prefill:TOKENS, beam:WIDTH or all. Repeatable."),
+    ] = None,
+    sweep: Annotated[
+        Any, typer.Option(parser=parse_sweep, metavar="RANGE", help="Such as gpu-memory=8GiB..80GiB: a bigger card.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict tokens/s, ours beside the literature's, without the machine."""
+    from . import pipeline
+
+    request = pipeline.PredictRequest(
+        target=target,
+        hardware=hw,
+        trace=trace,
+        gpu_memory_bytes=gpu_memory,
+        workloads=tuple(workload or ["all"]),
+        sweep_bytes=sweep or (),
+    )
+    with _progress() as progress:
+        predicted = pipeline.predict(request, progress)
+    header, prediction = predicted.header, predicted.prediction
+    if as_json:
+        _print_json(
+            {
+                "model": header.model.name,
+                "hardware": {"name": header.hardware.name, "provenance": header.hardware.provenance},
+                "workload": dataclasses.asdict(predicted.workload),
+                **dataclasses.asdict(prediction),
+                "sweep": [dataclasses.asdict(point) for point in predicted.sweep],
+                "assumptions": list(predicted.assumptions),
+            }
+        )
+        return
+    for line in predicted.assumptions:
+        err.print(f"[yellow]note:[/] {_escape(line)}")
+    source = header.hardware
+    out.print(
+        f"{header.model.name} on {source.name} ({source.provenance}), {format_bytes(_memory(header))} for the plan"
+    )
+    columns = _prediction_columns(predicted.workload)
+    out.print(f"{'':24}" + "".join(f"{title:>22}" for title, _ in columns) + f"{'hit rate':>10}  CPU kernels")
+    for result in prediction.results:
+        cells = "".join(f"{getattr(result, field):22.4g}" for _, field in columns)
+        out.print(f"{result.policy:24}{cells}{result.hit_rate:10.1%}  {result.kernels}")
+    low, high = prediction.interval
+    if (low, high) != (1.0, 1.0):
+        out.print(f"ours: 90 % of times are expected between {low:.2f} and {high:.2f} of the predicted ones")
+    if prediction.regimes is not None:
+        slow, fast = prediction.regimes
+        out.print(f"ours, by memory regime: {slow:.4g} (slow) to {fast:.4g} (fast) tokens/s in decode")
+    if predicted.sweep:
+        _print_sweep(predicted.sweep, columns)
+
+
+def _memory(header: Any) -> int:
+    return int(header.options.gpu_memory_bytes)
+
+
+def _prediction_columns(workload: Any) -> list[tuple[str, str]]:
+    """(title, field of PolicyResult) of the scenarios that were asked for."""
+    titles = {
+        "decode": (f"decode {workload.input_tokens}/{workload.output_tokens} tok/s", "decode_tokens_per_s"),
+        "prefill": (f"TTFT s at {workload.prefill_tokens}", "ttft_s"),
+        "beam": (f"{workload.beam_width} beams tok/s", "beam_tokens_per_s"),
+    }
+    return [titles[scenario] for scenario in workload.scenarios]
+
+
+def _print_sweep(points: Sequence[Any], columns: Sequence[tuple[str, str]]) -> None:
+    """Ours by memory; then what the most is worth against the least that fits."""
+    out.print(
+        f"\n{'GPU memory':>12}{'experts':>9}" + "".join(f"{title:>22}" for title, _ in columns) + f"{'hit rate':>10}"
+    )
+    for point in points:
+        start = f"{format_bytes(point.gpu_memory_bytes):>12}{point.resident_experts:9}"
+        if point.result is None:
+            out.print(f"{start}  what is not an expert does not fit")
+            continue
+        cells = "".join(f"{getattr(point.result, field):22.4g}" for _, field in columns)
+        out.print(f"{start}{cells}{point.result.hit_rate:10.1%}")
+    fitting = [point for point in points if point.result is not None]
+    if len(fitting) > 1:
+        first, last = fitting[0], fitting[-1]
+        gains = []
+        for title, field in columns:
+            ratio = getattr(last.result, field) / getattr(first.result, field)
+            gains.append(f"{1 / ratio if field == 'ttft_s' else ratio:.2f} x in {title.split(' ')[0]}")
+        out.print(
+            f"{format_bytes(last.gpu_memory_bytes)} instead of {format_bytes(first.gpu_memory_bytes)}, with the same "
+            f"processors: {', '.join(gains)}"
+        )
 
 
 @app.command()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fiddler_runtime import compat, strict
+from fiddler_runtime import compat, makespan, strict
 from fiddler_runtime import plan as plan_format
 from fiddler_runtime.build import build_kernels
 from fiddler_runtime.errors import FiddlerError
@@ -23,10 +23,21 @@ from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import this_machine
 from fiddler_runtime.plan import HardwareSummary, Header, Plan
 
-from . import __version__, codegen, frontend, hardware, latency, placement, report
+from . import __version__, codegen, frontend, hardware, latency, placement, report, simulate
 from . import execution as execution
 from . import trace as tracing
-from .ir import Calibration, MemoryBudget, ModelSpec, Objective, Options, Trace
+from .ir import (
+    Calibration,
+    MemoryBudget,
+    ModelSpec,
+    Objective,
+    Options,
+    PolicyResult,
+    Prediction,
+    Scenario,
+    Steps,
+    Trace,
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -109,6 +120,10 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     tables = placement.make_tables(model, fitted, placed, prefetch)
     dump("tables", tables)
 
+    # What the runtime can do beyond placement and dispatch, where the simulation says that it pays.
+    features = simulate.features(model, tables, calibration.machine.accelerator.kind, steps, request.objective)
+    dump("features", features)
+
     sources = codegen.generate(model.hidden_size, model.intermediate_size, request.isas)
     dump.files("kernels", sources.files)
 
@@ -136,6 +151,7 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
         memory=budget.items,
         latency=fitted.curves,
         placement=placed.summary,
+        features=features,
         assumptions=assumptions,
         tools={"fiddlerc": __version__},
         files=(),
@@ -145,6 +161,135 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     output = request.output or Path(f"{model.name}-{calibration.name}")
     plan = plan_format.write_plan(output, header, tables, files)
     return Compiled(plan, library)
+
+
+@dataclass(frozen=True)
+class PredictRequest:
+    """What `fiddlerc predict` was asked. target: a plan directory, or a model for which a plan is made in passing.
+
+    sweep_bytes  amounts of accelerator memory to predict our strategy for, each with a placement of its own
+    """
+
+    target: str
+    hardware: str | None = None
+    trace: Path | None = None
+    gpu_memory_bytes: int | None = None
+    workloads: tuple[str, ...] = ("all",)
+    sweep_bytes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """Ours with another amount of accelerator memory: None where the model does not fit."""
+
+    gpu_memory_bytes: int
+    resident_experts: int
+    result: PolicyResult | None
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A prediction, what it rests on, and a sweep where one was asked for."""
+
+    header: Header
+    workload: simulate.Workload
+    prediction: Prediction
+    assumptions: tuple[str, ...]
+    sweep: tuple[SweepPoint, ...]
+
+
+def predict(request: PredictRequest, progress: Progress | None = None) -> Predicted:
+    """Tokens per second of a plan, ours beside the literature's, before anyone has the machine.
+
+    Replays the trace; without one, tokens drawn from the plan's popularity. Raises FiddlerError for a model without
+    --hw, for a plan with --hw or --gpu-memory (it has both), and for workloads that are none.
+    """
+    plan = _plan_for(request, progress)
+    header, tables = plan.header, plan.tables
+    model = header.model
+    workload = simulate.parse_workload(request.workloads, model)
+    trace = None if request.trace is None else tracing.read_trace(request.trace, model)
+    popularity = tables.popularity.astype(np.float64)
+    steps = tracing.sample_steps(trace, popularity, model, header.options)
+    prediction = simulate.predict(header, tables, steps, workload, progress)
+    sweep = []
+    if request.sweep_bytes and header.hardware.machine.accelerator.kind == "none":
+        raise FiddlerError(
+            "a sweep over GPU memory needs a GPU",
+            found=f"{header.hardware.name}, which has no accelerator",
+            expected="a machine with one",
+            hint="fiddlerc predict MODEL --hw a100 --sweep gpu-memory=8GiB..80GiB",
+        )
+    for index, memory in enumerate(request.sweep_bytes):
+        if progress is not None:
+            progress("sweeping GPU memory", index, len(request.sweep_bytes))
+        sweep.append(_sweep_point(plan, memory, trace, steps, workload))
+    lines = list(header.assumptions)
+    if trace is None or trace.experts is None:
+        lines.append(
+            "routing is drawn from the popularity of each expert, independently of the other layers and tokens; "
+            "a recorded --trace replays real text"
+        )
+    if not tables.rest_us.any():
+        lines.append("attention and all else outside the routed experts is unknown and taken as no time at all")
+    return Predicted(header, workload, prediction, tuple(lines), tuple(sweep))
+
+
+def _plan_for(request: PredictRequest, progress: Progress | None) -> Plan:
+    if Path(request.target, plan_format.HEADER).is_file():
+        if request.hardware is not None or request.gpu_memory_bytes is not None:
+            raise FiddlerError(
+                "a plan has its machine and its memory",
+                found="--hw" if request.hardware is not None else "--gpu-memory",
+                expected="a model, or neither option",
+                hint=f"fiddlerc predict {request.target}",
+            )
+        return plan_format.read_plan(Path(request.target))
+    if request.hardware is None:
+        raise FiddlerError(
+            "predicting for a model needs a machine",
+            found="no --hw",
+            expected="a calibration file or a name of the catalogue, or a plan",
+            hint=f"fiddlerc predict {request.target} --hw a100",
+        )
+    with tempfile.TemporaryDirectory(prefix="fiddlerc-") as folder:
+        compiling = CompileRequest(
+            model=request.target,
+            hardware=request.hardware,
+            output=Path(folder, "plan"),
+            trace=request.trace,
+            gpu_memory_bytes=request.gpu_memory_bytes,
+            build=False,
+        )
+        return compile_plan(compiling, progress).plan
+
+
+def _sweep_point(
+    plan: Plan, memory: int, trace: Trace | None, steps: dict[Scenario, Steps], workload: simulate.Workload
+) -> SweepPoint:
+    """The plan's model, latencies and trace, placed anew in another amount of memory."""
+    header, tables = plan.header, plan.tables
+    model, accelerator = header.model, header.hardware.machine.accelerator.kind
+    options = dataclasses.replace(header.options, gpu_memory_bytes=memory)
+    try:
+        budget = placement.count_memory(model, options)
+    except FiddlerError:  # what is not an expert does not fit
+        return SweepPoint(memory, 0, None)
+    placed = placement.place(
+        model,
+        makespan.dense(tables),
+        None if trace is None else steps,
+        tables.popularity.astype(np.float64),
+        budget,
+        options.objective,
+        header.placement.basis,
+    )
+    prefetch = placement.make_prefetch(tracing.successors(trace, model), placed.resident)
+    tables = dataclasses.replace(tables, resident=placed.resident.astype(np.uint8), prefetch=prefetch)
+    features = simulate.features(model, tables, accelerator, steps, options.objective)
+    header = dataclasses.replace(header, options=options, features=features)
+    result = simulate.predict(header, tables, steps, workload, policies=simulate.POLICIES[:1]).results[0]
+    return SweepPoint(memory, budget.resident_experts, result)
 
 
 def calibrate(

@@ -6,13 +6,12 @@ import math
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
-
 from fiddler_runtime.plan import Feature
 
 from ..ir import ModelSpec, Objective, Scenario, Steps, Tables
 from .ours import experts_us
 from .setting import Setting, make_setting
+from .workload import heldout
 
 LEAST_GAIN = 0.02
 """A feature is switched on from this saving of expert time on."""
@@ -31,7 +30,7 @@ def features(
     if accelerator == "none":
         return Feature("split", False, 0.0, 0.0, 0.0), Feature("prefetch", False, 0.0, 0.0, 0.0)
     setting = make_setting(spec, tables, accelerator)
-    held = {scenario: _heldout(sampled) for scenario, sampled in steps.items()}
+    held = {scenario: heldout(sampled) for scenario, sampled in steps.items()}
     plain = {scenario: _total_us(sampled, setting) for scenario, sampled in held.items()}
 
     splitting = make_setting(spec, tables, accelerator, ["split"])
@@ -56,16 +55,3 @@ def _feature(
 
 def _total_us(steps: Steps, setting: Setting) -> float:
     return math.fsum(experts_us(steps, setting)[0].tolist())
-
-
-def _heldout(steps: Steps) -> Steps:
-    chosen = steps.heldout if steps.heldout.any() else np.ones(len(steps.tokens), np.bool_)
-    return replace(
-        steps,
-        counts=steps.counts[chosen],
-        tokens=steps.tokens[chosen],
-        kv=steps.kv[chosen],
-        sequence=steps.sequence[chosen],
-        top_ids=steps.top_ids[chosen],
-        heldout=steps.heldout[chosen],
-    )

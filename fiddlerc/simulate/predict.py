@@ -17,7 +17,7 @@ from .ours import Ours
 from .policy import Policy
 from .setting import Setting, make_setting
 from .whole_layers import KTransformers, LlamaCpp, ZeroInfinity
-from .workload import Workload, beam_steps, decode_steps, prompt_steps
+from .workload import Workload, beam_steps, decode_steps, heldout, prompt_steps
 
 POLICIES: tuple[Policy, ...] = (
     Ours(),
@@ -44,7 +44,7 @@ def predict(
     progress: Callable[[str, int, int], None] | None = None,
     policies: tuple[Policy, ...] = POLICIES,
 ) -> Prediction:
-    """Replays sampled steps under every strategy that the machine has the devices for.
+    """Replays sampled steps (the held-out ones) under every strategy that the machine has the devices for.
 
     decode_tokens_per_s  output tokens over the time of their steps, the cache growing from the input on
     ttft_s               the prompt's steps;  beam_tokens_per_s: steps of the search per second, so tokens of one beam
@@ -54,7 +54,7 @@ def predict(
     every latency curve at the lower, or upper, end of its interval at once: wider than 90 % if their errors are
     independent.
     """
-    setting = plan_setting(header, tables)
+    setting, steps = plan_setting(header, tables), {scenario: heldout(part) for scenario, part in steps.items()}
     usable = [policy for policy in policies if setting.has_accelerator or not policy.needs_accelerator]
     results = []
     for index, policy in enumerate(usable):

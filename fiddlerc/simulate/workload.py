@@ -75,6 +75,20 @@ def parse_workload(texts: Sequence[str], spec: ModelSpec) -> Workload:
     return replace(workload, scenarios=tuple(s for s in order if s in asked) or order)
 
 
+def heldout(steps: Steps) -> Steps:
+    """The steps that placement was not fitted to; all, if none was held out."""
+    chosen = steps.heldout if steps.heldout.any() else np.ones(len(steps.tokens), np.bool_)
+    return replace(
+        steps,
+        counts=steps.counts[chosen],
+        tokens=steps.tokens[chosen],
+        kv=steps.kv[chosen],
+        sequence=steps.sequence[chosen],
+        top_ids=steps.top_ids[chosen],
+        heldout=steps.heldout[chosen],
+    )
+
+
 def decode_steps(tokens: Steps, input_tokens: int, output_tokens: int) -> Steps:
     """One token a step, from the sampled ones in their order, around again if they are too few."""
     chosen = np.arange(output_tokens) % len(tokens.tokens)
