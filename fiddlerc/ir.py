@@ -50,6 +50,7 @@ __all__ = [
     "PolicyResult",
     "Prediction",
     "Provenance",
+    "Regime",
     "Sample",
     "Scenario",
     "StepSample",

@@ -35,6 +35,7 @@ from .ir import (
     PolicyResult,
     Prediction,
     Scenario,
+    StepSample,
     Steps,
     Trace,
 )
@@ -327,8 +328,22 @@ def calibrate(
         source=source,
         progress=progress,
     )
+    steps = [step for model in models for step in _measure_rest(model, calibration, progress)]
+    calibration = dataclasses.replace(calibration, steps=tuple(steps))
     hardware.write_hardware(calibration, output)
     return calibration
+
+
+def _measure_rest(model: str, calibration: Calibration, progress: Progress | None) -> tuple[StepSample, ...]:
+    """Steps of the model without its experts; none of a built-in name, which has no weights to run."""
+    if not Path(model).is_dir():
+        return ()
+    # Through a plan of its own, so that a layer costs what it costs in use: with the lanes that this calibration is of.
+    with tempfile.TemporaryDirectory(prefix="fiddlerc-") as folder:
+        hw = Path(folder, "hw.json")
+        hardware.write_hardware(calibration, hw)
+        compiled = compile_plan(CompileRequest(model, str(hw), Path(folder, "plan")))
+        return execution.measure_rest(compiled.plan, Path(model), progress=progress)
 
 
 def record_trace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +16,11 @@ from fiddler_runtime.lanes.device import Device, open_device
 from fiddler_runtime.machine import Machine, cpu_lane_threads, this_machine
 from fiddler_runtime.plan import packed_bytes
 
-from ..ir import Calibration, Limits, Quantity, Sample
+from ..ir import Calibration, Limits, Quantity, Regime, Sample
+from .catalog import SCHEMA
 from .lanes import AcceleratorExpert, Copies, CpuExpert, accelerator_peak_gflops, accelerator_read_gbps, queue_entry
-from .sampling import Guard, Series, Timed, repeat, sizes_within
+from .regimes import Regimes, split_regimes
+from .sampling import ATTEMPTS, Guard, Series, Timed, repeat, sizes_within
 
 Progress = Callable[[str, int, int], None]
 Shape = tuple[int, int]
@@ -29,6 +32,7 @@ _UNKNOWN_CACHE = 32 * _MIB  # taken for the last-level cache where the system do
 _BEYOND = 4
 # Beyond the second-level caches of GPUs to date (A100 40 MB, H100 50 MB, RTX 4090 72 MB).
 _GPU_CACHE = 160 * _MIB
+_PROBE_BYTES = 128 * _MIB  # beyond the last-level cache, and read in some milliseconds
 _COPY_BYTES = 64 * _MIB  # enough for a link's full rate
 _PROBE_MS = 2.0
 _WARM_UP = 1000  # more than any number of rotated experts that are small enough for this to matter
@@ -38,7 +42,7 @@ _CONTENTION_TOKENS = 3  # how many token counts, the smallest, are measured agai
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. seconds are for each quantity of each shape, shared by its sizes."""
+    """How much is measured. seconds are for each quantity of each shape, shared by its sizes; memory_seconds in all."""
 
     tokens: tuple[int, ...]
     copy_widths: tuple[int, ...]
@@ -46,9 +50,12 @@ class Effort:
     rounds: int
     least: int
     most: int
+    memory_seconds: float
 
 
-QUICK = Effort((1, 2, 4, 8, 16, 32, 64, 128, 256), (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), 2.5, 2, 2, 4000)
+QUICK = Effort(
+    (1, 2, 4, 8, 16, 32, 64, 128, 256), (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), 2.5, 2, 2, 4000, 3.0
+)
 FULL = Effort(
     (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024),
     (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
@@ -56,6 +63,7 @@ FULL = Effort(
     4,
     2,
     20000,
+    20.0,
 )
 
 
@@ -88,15 +96,20 @@ def measure(
     samples: list[Sample] = []
 
     with open_device(machine.accelerator.kind) as device:
-        limits = _limits(next(iter(kernels_by_shape.values())), threads, device, cache, quick)
+        first = next(iter(kernels_by_shape.values()))
+        with first.open(None, threads) as kernels:
+            regimes = session.watch_memory(kernels)
+        limits = _limits(first, threads, device, cache, regimes, quick)
         session.step("limits")
         copied: set[int] = set()
         for shape, library in kernels_by_shape.items():
             rotated = min(cache, (rotate_bytes or {}).get(shape, cache))
             with library.open(None, threads) as kernels:
                 session.watch(kernels)
+                session.kernels = kernels
                 cpu = CpuExpert(kernels, *shape, _copies(shape, rotated, machine))
                 tokens, measured = session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa)
+                session.kernels = None
                 samples += measured
                 if device.kind == "none":
                     continue
@@ -108,7 +121,7 @@ def measure(
                 samples += _copy_samples(session, device, shape, rotated, copied)
     if session.disturbed:
         source += f"; other load disturbed {session.disturbed} of {session.points} points"
-    return Calibration("fiddlerc-hw/1", name, "measured", source, machine, limits, tuple(samples))
+    return Calibration(SCHEMA, name, "measured", source, machine, limits, tuple(samples), ())
 
 
 class _Session:
@@ -117,7 +130,10 @@ class _Session:
     def __init__(self, effort: Effort, shapes: int, accelerator: bool, progress: Progress | None) -> None:
         self.effort = effort
         self.points = self.disturbed = 0
+        self.kernels: Kernels | None = None
         self._guard: Guard | None = None
+        self._regimes = Regimes(0.0)
+        self._probed = torch.ones(_PROBE_BYTES // 2, dtype=torch.bfloat16)
         self._progress = progress
         self._done = 0
         # Contention and copies count as one step each; experts as one per round.
@@ -127,6 +143,30 @@ class _Session:
         """Takes these kernels' peak as the sign of an undisturbed machine."""
         self._count()
         self._guard = Guard(lambda: kernels.peak_gflops(_PROBE_MS))
+
+    def watch_memory(self, kernels: Kernels) -> Regimes:
+        """Reads memory again and again for some seconds: whether it has one bandwidth or two, and which."""
+        until = time.perf_counter() + self.effort.memory_seconds
+        probes = [kernels.read_gbps(self._probed)]
+        while time.perf_counter() < until:
+            probes.append(kernels.read_gbps(self._probed))
+        self._regimes = split_regimes(probes)
+        return self._regimes
+
+    def _regime(self) -> Regime:
+        """The memory's regime now. Where nothing that reads host memory by itself is measured it does not matter."""
+        if self.kernels is None or not self._regimes.slow_share:
+            return "fast"
+        return self._regimes.of(self.kernels.read_gbps(self._probed))
+
+    def labelled(self, measure: Callable[[], list[float]]) -> tuple[Regime, list[float]]:
+        """Times of a measurement, and the regime before and after it: repeated if the memory switched meanwhile."""
+        for _ in range(ATTEMPTS):
+            before = self._regime()
+            times = self.guarded(measure)
+            if before == (after := self._regime()):
+                break
+        return after, times
 
     def _count(self) -> None:
         if self._guard is not None:
@@ -164,29 +204,32 @@ class _Session:
             return calls[tokens](1)
 
         tokens = sizes_within(effort.tokens, once, effort.seconds, effort.rounds * effort.least)
-        series = {n: Series() for n in tokens}
+        series: dict[tuple[int, Regime], Series] = {}
         slot = effort.seconds / effort.rounds / len(tokens)
         most = -(-effort.most // effort.rounds)
         for _ in range(effort.rounds):
             for n in tokens:
                 # One turn through the rotated weights first: what fits into a cache is then there.
                 repetition = partial(repeat, calls[n], seconds=slot, least=effort.least, most=most, warm_up=_WARM_UP)
-                series[n].times += self.guarded(repetition)
+                regime, times = self.labelled(repetition)
+                series.setdefault((n, regime), Series()).times += times
             self.step(label)
         nbytes = packed_bytes(*shape)
-        return tokens, [_sample(quantity, shape, n, nbytes, threads, isa, series[n]) for n in tokens]
+        return tokens, [
+            _sample(quantity, shape, n, nbytes, threads, isa, series[n, regime], regime) for n, regime in sorted(series)
+        ]
 
 
-def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, quick: bool) -> Limits:
+def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, regimes: Regimes, quick: bool) -> Limits:
     """The machine's ceilings. Each is the best of several probes: what it can do, not what it did on average."""
     probes = 5 if quick else 20
     buffer = torch.ones(max(cache, 128 * _MIB) // 2, dtype=torch.bfloat16)
     with library.open(None, threads) as kernels:
-        read = max(kernels.read_gbps(buffer) for _ in range(probes))
+        read = regimes.fast_gbps, regimes.slow_gbps, regimes.slow_share
         peak = max(kernels.peak_gflops(4 * _PROBE_MS) for _ in range(probes))
         cpu_entry = _median(CpuExpert(kernels, library.spec.hidden_size, library.spec.intermediate_size, 1).entry())
     if device.kind == "none":
-        return Limits(threads, read, peak, 0.0, 0.0, 0.0, 0.0, cpu_entry, 0.0)
+        return Limits(threads, *read, peak, 0.0, 0.0, 0.0, 0.0, cpu_entry, 0.0)
     if device.kind == "simulated":
         with library.open(None, 1) as kernels:
             gpu_read = max(kernels.read_gbps(buffer) for _ in range(probes))
@@ -202,7 +245,7 @@ def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, qu
         up = _COPY_BYTES / 1e3 / min(repeat(to_host, seconds=0.2, least=5, most=50))
     finally:
         copies.close()
-    return Limits(threads, read, peak, gpu_read, gpu_peak, down, up, cpu_entry, gpu_entry)
+    return Limits(threads, *read, peak, gpu_read, gpu_peak, down, up, cpu_entry, gpu_entry)
 
 
 def _contention(
@@ -269,7 +312,14 @@ def _copy_samples(session: _Session, device: Device, shape: Shape, rotated: int,
 
 
 def _sample(
-    quantity: Quantity, shape: Shape, tokens: int, nbytes: int, threads: int, isa: str, series: Series
+    quantity: Quantity,
+    shape: Shape,
+    tokens: int,
+    nbytes: int,
+    threads: int,
+    isa: str,
+    series: Series,
+    regime: Regime = "fast",
 ) -> Sample:
     return Sample(
         quantity=quantity,
@@ -282,6 +332,7 @@ def _sample(
         median_us=round(series.median_us, 3),
         spread_us=round(series.spread_us, 3),
         repeats=len(series.times),
+        regime=regime,
     )
 
 

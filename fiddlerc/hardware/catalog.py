@@ -7,14 +7,16 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from fiddler_runtime import strict
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import KNOWN_ISAS
 
-from ..ir import Calibration, Limits, Machine, Sample
+from ..ir import Calibration, Limits, Machine, Sample, StepSample
 
 CATALOG = Path(__file__).parent / "catalog"
+SCHEMA: Literal["fiddlerc-hw/2"] = "fiddlerc-hw/2"
 _MAX_BYTES = 64 << 20
 _Need = Callable[[bool, str, object, str], None]
 """(holds, key, found, expected): raises unless `holds`."""
@@ -45,7 +47,15 @@ def load_hardware(name_or_path: str) -> Calibration:
     try:
         if path.is_file() and path.stat().st_size > _MAX_BYTES:
             raise FiddlerError(f"{what} is too big", found=f"{path.stat().st_size} bytes", expected=f"<= {_MAX_BYTES}")
-        calibration = strict.decode(Calibration, strict.load(path, what), what)
+        value = strict.load(path, what)
+        version = value.get("schema") if isinstance(value, dict) else None
+        if version == "fiddlerc-hw/1":
+            raise FiddlerError(
+                f"{what} was written by an older fiddlerc",
+                found=f"schema {version}",
+                expected=f"schema {SCHEMA}, which also knows the memory's regimes and the rest of a step",
+            )
+        calibration = strict.decode(Calibration, value, what)
         verify_calibration(calibration, what)
     except FiddlerError as error:
         raise FiddlerError(
@@ -96,6 +106,12 @@ def verify_calibration(calibration: Calibration, what: str) -> None:
     _verify_limits(calibration.limits, calibration.machine.accelerator.kind != "none", need)
     for index, sample in enumerate(calibration.samples):
         _verify_sample(sample, f"samples[{index}]", need)
+        two = calibration.limits.cpu_slow_share > 0
+        need(
+            two or sample.regime == "fast", f"samples[{index}].regime", "'slow'", "'fast', as the limits know no other"
+        )
+    for index, step in enumerate(calibration.steps):
+        _verify_step(step, f"steps[{index}]", need)
     measured = calibration.provenance == "measured"
     has_cpu = any(sample.quantity == "cpu_expert" and sample.tokens > 0 for sample in calibration.samples)
     need(not measured or has_cpu, "samples", "no cpu_expert", "samples, as its provenance is 'measured'")
@@ -121,6 +137,14 @@ def _verify_limits(limits: Limits, has_accelerator: bool, need: _Need) -> None:
     need(limits.cpu_threads >= 1, "limits.cpu_threads", limits.cpu_threads, "at least 1")
     for name in ("cpu_read_gbps", "cpu_peak_gflops"):
         need(getattr(limits, name) > 0, f"limits.{name}", getattr(limits, name), "more than 0")
+    slow, share = limits.cpu_read_slow_gbps, limits.cpu_slow_share
+    need(
+        0 <= share < 1, "limits.cpu_slow_share", share, "0 to 1, not 1: the fast regime is the one that there always is"
+    )
+    need(
+        (slow > 0) == (share > 0) and slow >= 0, "limits.cpu_read_slow_gbps", slow, "more than 0 iff cpu_slow_share is"
+    )
+    need(slow <= limits.cpu_read_gbps, "limits.cpu_read_slow_gbps", slow, "at most cpu_read_gbps")
     for name in ("gpu_read_gbps", "gpu_peak_gflops", "host_to_device_gbps", "device_to_host_gbps"):
         value = getattr(limits, name)
         need((value > 0) == has_accelerator and value >= 0, f"limits.{name}", value, "more than 0 iff an accelerator")
@@ -141,3 +165,11 @@ def _verify_sample(sample: Sample, key: str, need: _Need) -> None:
     need(sample.median_us > 0, f"{key}.median_us", sample.median_us, "more than 0")
     need(sample.spread_us >= 0, f"{key}.spread_us", sample.spread_us, "at least 0")
     need(sample.repeats >= 1, f"{key}.repeats", sample.repeats, "at least 1")
+
+
+def _verify_step(step: StepSample, key: str, need: _Need) -> None:
+    for name in ("num_layers", "tokens", "sequences", "repeats"):
+        need(getattr(step, name) >= 1, f"{key}.{name}", getattr(step, name), "at least 1")
+    for name in ("non_expert_bytes", "kv_bytes_per_token", "context", "spread_us"):
+        need(getattr(step, name) >= 0, f"{key}.{name}", getattr(step, name), "at least 0")
+    need(step.median_us > 0, f"{key}.median_us", step.median_us, "more than 0")

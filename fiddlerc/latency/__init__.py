@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .model import fit
+from .model import fit, transfer_errors
 
-__all__ = ["fit"]
+__all__ = ["fit", "transfer_errors"]

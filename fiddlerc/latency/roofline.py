@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..ir import Limits
+from ..ir import Limits, Regime
 from .points import Ceiling, Floats, Work
 
 # A data sheet's bandwidth is channels x transfer rate. Streaming reads of DRAM and HBM reach 75-90 % of it, and copies
@@ -21,14 +21,18 @@ PEAK_EFFICIENCY = 0.6
 # An expert on the GPU is seven small kernels (gather, GEMM, SiLU, product, GEMM, weighting, scatter); launching one
 # from torch takes about 5 us, whatever little there is to compute.
 GPU_LAUNCH_US = 7 * 5.0
+# A decoder layer without its experts is some twenty kernels (norms, projections, rotary embedding, attention, router);
+# a step cannot be shorter than launching them one by one, as transformers does.
+GPU_LAYER_LAUNCH_US = 20 * 5.0
 # Copies take their share of the host memory's bandwidth from the CPU lane, but never more than half: memory
 # controllers arbitrate between requesters.
 MAX_COPY_SHARE = 0.5
 
 
-def cpu_ceiling(limits: Limits, efficiency: bool) -> Ceiling:
+def cpu_ceiling(limits: Limits, efficiency: bool, regime: Regime = "fast") -> Ceiling:
     """The CPU's limits in bytes and operations per microsecond, or what is reached of them."""
-    return _ceiling(limits.cpu_read_gbps, limits.cpu_peak_gflops, efficiency)
+    gbps = limits.cpu_read_gbps if regime == "fast" else limits.cpu_read_slow_gbps
+    return _ceiling(gbps, limits.cpu_peak_gflops, efficiency)
 
 
 def gpu_ceiling(limits: Limits, efficiency: bool) -> Ceiling:

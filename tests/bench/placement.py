@@ -24,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     demo = str(EXAMPLES / "tiny-mixtral")
     print(
-        f"{'model':14} {'machine':14} {'residents':>9} {'objective':9} {'method':14} ours   random  worst  (popularity 1)"
+        f"{'model':14} {'machine':14} {'residents':>9} {'objective':9} {'method':14} ours   blind   worst (1: popularity)"
     )
     cases = [(demo, EXAMPLES / "tiny-mixtral-trace.safetensors", "epyc-zen5-2c")]
     if arguments.counts:

@@ -24,13 +24,14 @@ def calibrations(draw: st.DrawFn) -> Calibration:
         for quantity in ("cpu_expert", "gpu_expert"):
             for tokens in draw(st.lists(st.integers(1, 2048), min_size=4, max_size=9, unique=True)):
                 shape = (hidden, intermediate, tokens, 6 * hidden * intermediate)
-                samples.append(Sample(quantity, *shape, 1, "avx2", draw(POSITIVE), 0.0, 3))  # type: ignore[arg-type]
+                samples.append(Sample(quantity, *shape, 1, "avx2", draw(POSITIVE), 0.0, 3, "fast"))  # type: ignore[arg-type]
     for nbytes in draw(st.lists(st.integers(1, 1 << 30), min_size=4, max_size=6, unique=True)):
-        samples.append(Sample("host_to_device", 0, 0, 0, nbytes, 1, "", draw(POSITIVE), 0.0, 3))
+        samples.append(Sample("host_to_device", 0, 0, 0, nbytes, 1, "", draw(POSITIVE), 0.0, 3, "fast"))
     rates = [draw(RATES) for _ in range(6)]
     entries = [draw(st.floats(0, 1e4)) for _ in range(2)]
+    limits = Limits(1, rates[0], 0.0, 0.0, *rates[1:], *entries)
     machine = Machine("c", 1, ("scalar",), 0, 0, 0, 1, 1 << 30, Accelerator("simulated", "s", 1 << 28, ""))
-    return Calibration("fiddlerc-hw/1", "any", "measured", "any", machine, Limits(1, *rates, *entries), tuple(samples))
+    return Calibration("fiddlerc-hw/2", "any", "measured", "any", machine, limits, tuple(samples), ())
 
 
 def spec() -> ModelSpec:
@@ -43,12 +44,13 @@ def spec() -> ModelSpec:
 @given(calibrations())
 def test_curves_are_positive_and_monotone_and_the_same_each_time(calibration: Calibration) -> None:
     model = latency.fit(calibration, spec())
-    for curve in (model.cpu_us, model.gpu_us):
+    for curve in (*model.cpu_us, model.gpu_us, model.rest_us):
         assert curve[0] == 0 and (curve[1:] > 0).all()
         assert np.isfinite(curve).all() and (np.diff(curve) >= 0).all()
     assert model.stream_us > 0 and model.contention >= 0
     for summary in model.curves:
-        assert summary.model in summary.candidates
+        assert summary.model in summary.candidates or summary.samples == 0
+        assert 0 < summary.interval_low <= summary.interval_high
         assert 0 <= summary.heldout_median_error <= summary.heldout_max_error
     again = latency.fit(calibration, spec())
     assert strict.dump(again.curves) == strict.dump(model.curves)

@@ -46,6 +46,23 @@ def sample(**changes: Any) -> dict[str, Any]:
         "median_us": 10.0,
         "spread_us": 1.0,
         "repeats": 5,
+        "regime": "fast",
+    } | changes
+
+
+def step(**changes: Any) -> dict[str, Any]:
+    return {
+        "model": "m",
+        "model_fingerprint": "f",
+        "num_layers": 2,
+        "non_expert_bytes": 100,
+        "kv_bytes_per_token": 4,
+        "tokens": 1,
+        "sequences": 1,
+        "context": 16,
+        "median_us": 10.0,
+        "spread_us": 1.0,
+        "repeats": 5,
     } | changes
 
 
@@ -92,7 +109,16 @@ def test_an_unknown_key_is_named_with_what_to_do(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"machine__cores": ...}, r"missing key in .*\.machine: found no 'cores'"),
-        ({"schema": "fiddlerc-hw/2"}, r"wrong value for .*\.schema"),
+        ({"schema": "fiddlerc-hw/3"}, r"wrong value for .*\.schema"),
+        ({"schema": "fiddlerc-hw/1"}, r"older fiddlerc: found schema fiddlerc-hw/1, expected schema fiddlerc-hw/2"),
+        ({"limits__cpu_slow_share": 1.5}, r"\.limits\.cpu_slow_share: found 1.5"),
+        ({"limits__cpu_slow_share": 0.5}, r"\.limits\.cpu_read_slow_gbps: found 0"),
+        ({"limits__cpu_slow_share": 0.5, "limits__cpu_read_slow_gbps": 1e6}, r"cpu_read_slow_gbps: found 1000000"),
+        ({"samples": [sample(regime="slow")]}, r"\.samples\[0\]\.regime: found 'slow'"),
+        ({"samples": [sample(regime="odd")]}, r"wrong value for .*\.samples\[0\]\.regime"),
+        ({"steps": [step(tokens=0)]}, r"\.steps\[0\]\.tokens: found 0"),
+        ({"steps": [step(context=-1)]}, r"\.steps\[0\]\.context: found -1"),
+        ({"steps": [step(median_us=0)]}, r"\.steps\[0\]\.median_us: found 0"),
         ({"provenance": "guessed"}, r"wrong value for .*\.provenance"),
         ({"name": ""}, r"\.name: found ''"),
         ({"source": ""}, r"\.source: found ''"),

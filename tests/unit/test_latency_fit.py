@@ -12,7 +12,7 @@ from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.plan import packed_bytes
 from fiddlerc import latency
 from fiddlerc.hardware import catalog_names, load_hardware
-from fiddlerc.ir import Accelerator, Calibration, ExpertTensors, Limits, Machine, ModelSpec, Sample
+from fiddlerc.ir import Accelerator, Calibration, ExpertTensors, Limits, Machine, ModelSpec, Sample, StepSample
 from fiddlerc.latency.heldout import folds
 from fiddlerc.latency.model import MAX_TOKENS, NEVER_US, token_grid
 
@@ -23,6 +23,8 @@ SHAPE = (2048, 768)
 LIMITS = Limits(
     cpu_threads=2,
     cpu_read_gbps=40.0,
+    cpu_read_slow_gbps=0.0,
+    cpu_slow_share=0.0,
     cpu_peak_gflops=400.0,
     gpu_read_gbps=1000.0,
     gpu_peak_gflops=100000.0,
@@ -85,7 +87,7 @@ def calibration(
 
     def sample(quantity: str, shape: tuple[int, int], n: int, nbytes: int, us: float) -> Sample:
         noisy = us * float(np.exp(noise * random.standard_normal()))
-        return Sample(quantity, *shape, n, nbytes, 2, "avx2", noisy, 0.0, 5)  # type: ignore[arg-type]
+        return Sample(quantity, *shape, n, nbytes, 2, "avx2", noisy, 0.0, 5, "fast")  # type: ignore[arg-type]
 
     samples = []
     for shape in shapes:
@@ -112,7 +114,7 @@ def calibration(
             device_to_host_gbps=0.0,
             gpu_entry_us=0.0,
         )
-    return Calibration("fiddlerc-hw/1", "made up", "measured", "a law", machine, limits, tuple(samples))
+    return Calibration("fiddlerc-hw/2", "made up", "measured", "a law", machine, limits, tuple(samples), ())
 
 
 def expected(law: Law, shape: tuple[int, int], tokens: np.ndarray) -> np.ndarray:
@@ -132,7 +134,7 @@ def test_grid() -> None:
 
 def test_a_law_without_noise_is_recovered_far_beyond_the_samples() -> None:
     model = latency.fit(calibration(), spec())
-    assert relative(model.cpu_us, expected(cpu_law, SHAPE, model.tokens)).max() < 0.05
+    assert relative(model.cpu_us[0], expected(cpu_law, SHAPE, model.tokens)).max() < 0.05
     assert relative(model.gpu_us, expected(gpu_law, SHAPE, model.tokens)).max() < 0.10
     assert model.stream_us == pytest.approx(8.0 + packed_bytes(*SHAPE) / 20e3, rel=1e-3)
     assert model.contention == pytest.approx(0.25, abs=1e-3)
@@ -143,10 +145,11 @@ def test_noise_of_five_percent_is_averaged_and_reported() -> None:
     model = latency.fit(calibration(noise=0.05), spec())
     measured = model.tokens <= max(TOKENS)
     wanted = np.concatenate([[0.0], expected(cpu_law, SHAPE, model.tokens)])
-    assert relative(model.cpu_us[measured], wanted[measured][1:]).max() < 0.12
-    cpu, gpu, copy = model.curves
+    assert relative(model.cpu_us[0][measured], wanted[measured][1:]).max() < 0.12
+    cpu, gpu, copy, _ = model.curves
     assert (cpu.quantity, gpu.quantity, copy.quantity) == ("cpu_expert", "gpu_expert", "host_to_device")
-    for curve in model.curves:
+    for curve in (cpu, gpu, copy):
+        assert curve.interval_low < 1 < curve.interval_high < 1.3
         assert 0.005 < curve.heldout_median_error < 0.10
         assert curve.heldout_median_error <= curve.heldout_max_error
         assert curve.interpolated and curve.formula
@@ -156,7 +159,7 @@ def test_noise_of_five_percent_is_averaged_and_reported() -> None:
 
 def test_fiddlers_models_are_among_the_candidates_and_win_where_they_are_right() -> None:
     law = calibration(cpu=lambda h, i, n: 100.0 + 3.0 * n, gpu=lambda h, i, n: 70.0)
-    cpu, gpu, _ = latency.fit(law, spec()).curves
+    cpu, gpu, *_ = latency.fit(law, spec()).curves
     assert (cpu.model, cpu.candidates["linear"]) == ("linear", 0.0)
     assert (gpu.model, gpu.candidates["constant"]) == ("constant", 0.0)
     assert gpu.formula == "70 us"
@@ -175,20 +178,20 @@ def test_steps_at_the_token_tile_are_found() -> None:
 
     model = latency.fit(calibration(cpu=stepped), spec())
     assert model.curves[0].model == "roofline sum with token tiles"
-    assert relative(model.cpu_us, expected(stepped, SHAPE, model.tokens)).max() < 0.02
+    assert relative(model.cpu_us[0], expected(stepped, SHAPE, model.tokens)).max() < 0.02
 
 
 def test_a_shape_that_was_not_measured_is_extrapolated_and_says_so() -> None:
     known = calibration(shapes=((4096, 14336), (1024, 512)))
     model = latency.fit(known, spec())
-    assert [curve.interpolated for curve in model.curves] == [False, False, True]
-    assert relative(model.cpu_us, expected(cpu_law, SHAPE, model.tokens)).max() < 0.10
+    assert [curve.interpolated for curve in model.curves] == [False, False, True, False]
+    assert relative(model.cpu_us[0], expected(cpu_law, SHAPE, model.tokens)).max() < 0.10
     assert "piecewise linear" not in model.curves[0].candidates
 
 
 def test_one_other_shape_is_enough_to_extrapolate_from() -> None:
     model = latency.fit(calibration(shapes=((4096, 14336),)), spec())
-    assert relative(model.cpu_us, expected(cpu_law, SHAPE, model.tokens)).max() < 0.10
+    assert relative(model.cpu_us[0], expected(cpu_law, SHAPE, model.tokens)).max() < 0.10
     assert not model.curves[0].interpolated
 
 
@@ -203,7 +206,77 @@ def test_a_machine_without_an_accelerator_never_streams() -> None:
     model = latency.fit(calibration(accelerator=False), spec())
     assert model.stream_us == NEVER_US and np.isfinite(np.float32(model.stream_us))
     assert not model.gpu_us.any() and model.contention == 0
-    assert [curve.quantity for curve in model.curves] == ["cpu_expert"]
+    assert [curve.quantity for curve in model.curves] == ["cpu_expert", "rest_of_step"]
+
+
+def test_two_regimes_of_the_memory_are_two_curves() -> None:
+    """Half the bandwidth where memory is the limit, the same peak where arithmetic is; not their mean."""
+
+    def slow_law(hidden: int, intermediate: int, tokens: int) -> float:
+        read, compute = bound(hidden, intermediate, tokens, 20.0, 400.0)
+        return max(1.05 * read, 1.15 * compute)
+
+    fast = calibration()
+    slow = calibration(cpu=slow_law)
+    limits = replace(LIMITS, cpu_read_slow_gbps=20.0, cpu_slow_share=0.7)
+    others = tuple(replace(s, regime="slow") for s in slow.samples if s.quantity == "cpu_expert")
+    for seen in (others, others[:3]):  # also where too little was seen of one: then its bandwidth tells
+        model = latency.fit(replace(fast, limits=limits, samples=fast.samples + seen), spec())
+        assert model.regime_shares.tolist() == [0.3, 0.7]
+        assert relative(model.cpu_us[0], expected(cpu_law, SHAPE, model.tokens)).max() < 0.06
+        assert relative(model.cpu_us[1], expected(slow_law, SHAPE, model.tokens)).max() < 0.06
+        assert (model.prevailing_us == model.cpu_us[1]).all()
+
+
+def rest_steps(law: Callable[[int, int], float], **model: int) -> tuple[StepSample, ...]:
+    points = [(1, 1, 28), (1, 1, 140), (1, 1, 524), (4, 4, 76), *((n, 1, 0) for n in (16, 32, 64, 128, 256, 512))]
+    fields = {"num_layers": 1, "non_expert_bytes": 1, "kv_bytes_per_token": 1} | model
+    return tuple(
+        StepSample("m", spec().fingerprint, tokens=n, sequences=s, context=c, median_us=law(n, s * c), spread_us=0.0,
+                   repeats=5, **fields)  # type: ignore[arg-type]
+        for n, s, c in points
+    )  # fmt: skip
+
+
+def test_the_rest_of_a_step_of_the_model_itself() -> None:
+    steps = rest_steps(lambda n, kv: 3000.0 + 12.0 * n + 0.5 * kv)
+    model = latency.fit(replace(calibration(), steps=steps), spec())
+    assert model.rest_kv_us == pytest.approx(0.5, rel=1e-6)
+    np.testing.assert_allclose(model.rest_us[1:], 3000.0 + 12.0 * model.tokens[1:], rtol=0.02)
+    rest = model.curves[-1]
+    assert (rest.quantity, rest.interpolated, rest.samples) == ("rest_of_step", True, 10)
+    assert rest.heldout_median_error < 0.02
+
+
+def test_the_rest_of_another_model_goes_by_layers_bytes_and_operations() -> None:
+    def law(layers: int, nbytes: int, n: int) -> float:
+        return 500.0 * layers + nbytes / 40e3 + 1.5 * nbytes * n / 400e3
+
+    steps = tuple(
+        replace(step, model_fingerprint="another")
+        for layers, nbytes in ((6, 10**7), (16, 10**8))
+        for step in rest_steps(
+            lambda n, kv, layers=layers, nbytes=nbytes: law(layers, nbytes, n) + 0.02 * kv,  # type: ignore[misc]
+            num_layers=layers,
+            non_expert_bytes=nbytes,
+            kv_bytes_per_token=1000,
+        )
+    )
+    wanted = replace(spec(), num_layers=32, non_expert_bytes=10**9, kv_bytes_per_token=4000)
+    model = latency.fit(replace(calibration(accelerator=False), steps=steps), wanted)
+    grid = model.tokens[1:]
+    np.testing.assert_allclose(model.rest_us[1:], [law(32, 10**9, int(n)) for n in grid], rtol=0.02)
+    assert model.rest_kv_us == pytest.approx(0.08, rel=0.05)
+    assert not model.curves[-1].interpolated
+
+
+def test_errors_of_predicting_other_shapes() -> None:
+    shapes = ((4096, 14336), (2048, 768), (2048, 1024), (4096, 6400))
+    known = calibration(shapes=shapes, noise=0.03)
+    errors = latency.transfer_errors(known, shapes[:2], shapes[2:])
+    assert set(errors) == {("cpu_expert", *shape) for shape in shapes[2:]} | {("gpu_expert", *s) for s in shapes[2:]}
+    for median, worst in errors.values():
+        assert 0 < median < 0.06 and median <= worst
 
 
 def test_a_slow_down_below_zero_counts_as_none() -> None:
@@ -228,8 +301,8 @@ def test_a_data_sheet_gives_the_roofline_of_its_limits(name: str) -> None:
         assert (curve.samples, curve.heldout_median_error, curve.heldout_max_error) == (0, 0.0, 0.0)
         assert not curve.interpolated and curve.candidates == {}
     nbytes = 3 * 4096 * 14336 * 2
-    assert model.cpu_us[1] == pytest.approx(nbytes / (0.8e3 * sheet.limits.cpu_read_gbps), rel=1e-3)
-    assert model.cpu_us[-1] == pytest.approx(nbytes * MAX_TOKENS / (0.6e3 * sheet.limits.cpu_peak_gflops), rel=1e-3)
+    assert model.cpu_us[0][1] == pytest.approx(nbytes / (0.8e3 * sheet.limits.cpu_read_gbps), rel=1e-3)
+    assert model.cpu_us[0][-1] == pytest.approx(nbytes * MAX_TOKENS / (0.6e3 * sheet.limits.cpu_peak_gflops), rel=1e-3)
     assert model.stream_us == pytest.approx(nbytes / (0.8e3 * sheet.limits.host_to_device_gbps), rel=1e-3)
     assert 0 < model.contention <= 1
 
