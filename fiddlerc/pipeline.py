@@ -35,8 +35,8 @@ from .ir import (
     PolicyResult,
     Prediction,
     Scenario,
-    StepSample,
     Steps,
+    StepSample,
     Trace,
 )
 

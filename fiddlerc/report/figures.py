@@ -39,7 +39,7 @@ def latency(header: Header, calibration: Calibration, fitted: LatencyModel, cros
         figure = Figure(figsize=(7.2, 4.0))
         axes = figure.add_subplot()
         tokens = fitted.tokens[1:]
-        axes.plot(tokens, fitted.cpu_us[1:], color=CPU, label="(c) CPU, c(n)")
+        axes.plot(tokens, fitted.prevailing_us[1:], color=CPU, label="(c) CPU, c(n)")
         if header.hardware.machine.accelerator.kind != "none":
             streamed = fitted.gpu_us[1:] + fitted.stream_us
             axes.plot(tokens, fitted.gpu_us[1:], color=GPU, label="(a) resident, g(n)")

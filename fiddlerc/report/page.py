@@ -99,7 +99,7 @@ def _row(label: int, hits: int, misses: int, decision: Decision) -> dict[str, An
 
 def crossover_tokens(latency: LatencyModel) -> int | None:
     """From how many tokens of one expert alone a copy and the accelerator beat the CPU; None if they never do."""
-    cheaper = latency.gpu_us + latency.stream_us + latency.gpu_overhead_us < latency.cpu_us + latency.cpu_overhead_us
+    cheaper = latency.gpu_us + latency.stream_us + latency.gpu_overhead_us < latency.prevailing_us + latency.cpu_overhead_us
     found = np.flatnonzero(cheaper & (latency.tokens > 0))
     return int(latency.tokens[found[0]]) if found.size else None
 
