@@ -231,8 +231,11 @@ def predict(request: PredictRequest, progress: Progress | None = None) -> Predic
             "routing is drawn from the popularity of each expert, independently of the other layers and tokens; "
             "a recorded --trace replays real text"
         )
-    if not tables.rest_us.any():
-        lines.append("attention and all else outside the routed experts is unknown and taken as no time at all")
+    if not any(curve.quantity == "rest_of_step" and curve.samples for curve in header.latency):
+        lines.append(
+            "attention and all else outside the routed experts was not measured for this plan: its time follows from the "
+            f"machine's limits; `fiddlerc calibrate --model {model.name}` measures it"
+        )
     return Predicted(header, workload, prediction, tuple(lines), tuple(sweep))
 
 

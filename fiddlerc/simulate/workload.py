@@ -97,9 +97,8 @@ def decode_steps(tokens: Steps, input_tokens: int, output_tokens: int) -> Steps:
 
 
 def beam_steps(tokens: Steps, width: int, together: bool) -> Steps:
-    """`width` neighbouring tokens a step, one further each step; or as many steps of one token each."""
-    start = np.arange(BEAM_OUTPUT) % max(1, len(tokens.tokens) - width + 1)
-    chosen = (start[:, None] + np.arange(width)) % len(tokens.tokens)
+    """`width` neighbouring tokens a step, other ones each step; or as many steps of one token each."""
+    chosen = np.arange(BEAM_OUTPUT * width).reshape(BEAM_OUTPUT, width) % len(tokens.tokens)
     context = BEAM_INPUT + np.arange(BEAM_OUTPUT)
     if not together:
         flat = chosen.ravel()
