@@ -14,6 +14,7 @@ from fiddler_runtime.plan import (
     FORMAT_MAJOR,
     FORMAT_MINOR,
     ExpertTensors,
+    Feature,
     HardwareSummary,
     Header,
     ModelSpec,
@@ -66,8 +67,11 @@ def write_sample_plan(
     *,
     resident: npt.NDArray[np.bool_] | None = None,
     accelerator: AcceleratorKind = "simulated",
+    features: tuple[Feature, ...] = (),
+    prefetch: npt.NDArray[np.int16] | None = None,
+    us: float = 1.0,
 ) -> Plan:
-    """A plan whose devices are equally fast, 1 us a token, and whose copies take 25 us an expert.
+    """A plan whose devices are equally fast, `us` a token, and whose copies take 25 times that an expert.
 
     So few tokens are computed on the CPU, and many are split between all three strategies.
     """
@@ -75,14 +79,14 @@ def write_sample_plan(
     tokens = np.array([*range(65), 128, 1024, 8192], np.int32)
     latency = ir.LatencyModel(
         tokens=tokens,
-        cpu_us=1.0 * tokens[None],
+        cpu_us=us * tokens[None],
         regime_shares=np.ones(1),
-        gpu_us=1.0 * tokens,
+        gpu_us=us * tokens,
         rest_us=0.0 * tokens,
         rest_kv_us=0.0,
         cpu_overhead_us=1.0,
         gpu_overhead_us=1.0,
-        stream_us=25.0,
+        stream_us=25.0 * us,
         contention=0.1,
         curves=(),
     )
@@ -96,7 +100,7 @@ def write_sample_plan(
         random_hit_rate=float(mask.mean()),
         relative_time={},
     )
-    tables = placement.make_tables(spec, latency, ir.Placement(mask, uniform, summary))
+    tables = placement.make_tables(spec, latency, ir.Placement(mask, uniform, summary), prefetch)
     sources = codegen.generate(spec.hidden_size, spec.intermediate_size)
     if accelerator == "cuda":
         gpu = Accelerator("cuda", "a made up GPU", 1 << 30, "1.0")
@@ -114,7 +118,7 @@ def write_sample_plan(
         memory=(),
         latency=(),
         placement=summary,
-        features=(),
+        features=features,
         assumptions=(),
         tools={},
         files=(),

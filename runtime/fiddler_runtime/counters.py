@@ -1,7 +1,8 @@
-"""What an engine has done so far, by phase and strategy."""
+"""What an engine has done so far, by phase and strategy, and what the plan had predicted."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -9,24 +10,55 @@ import numpy.typing as npt
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
-STRATEGIES = ("resident", "streamed", "cpu")
+STRATEGIES = ("resident", "streamed", "cpu", "split")
+_CODES = len(STRATEGIES) + 1  # enum fdl_strategy; 0 is idle
+_MOST_DECISIONS = 256
+"""Different decisions kept apart; a model with many experts has more, and the rare ones are not told."""
+
+
+@dataclass
+class _Lanes:
+    """Sums over layers: each lane's predicted and actual time, and the layers in which it had work."""
+
+    layers: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))
+    predicted_us: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
+    actual_us: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
+
+    def snapshot(self) -> dict[str, Any]:
+        return {
+            lane: {
+                "layers": int(self.layers[i]),
+                "predicted_us": float(self.predicted_us[i]),
+                "actual_us": float(self.actual_us[i]),
+            }
+            for i, lane in enumerate(("cpu", "accelerator"))
+        }
+
+
+class _Phase:
+    """Sums of one phase."""
+
+    def __init__(self) -> None:
+        self.layers = 0
+        # By enum fdl_strategy.
+        self.calls = np.zeros(_CODES)
+        self.tokens = np.zeros(_CODES)
+        self.lanes = _Lanes()
+        self.decisions: dict[tuple[int, ...], tuple[int, _Lanes]] = {}
 
 
 class Counters:
-    """Sums since the last reset. Adding does not allocate more than two arrays of four numbers."""
+    """Sums since the last reset."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         """Sets every sum to zero."""
-        self._layers = dict.fromkeys(PHASES, 0)
-        # By enum fdl_strategy: idle, resident, streamed, cpu.
-        self._calls = {phase: np.zeros(4) for phase in PHASES}
-        self._tokens = {phase: np.zeros(4) for phase in PHASES}
-        self._busy_us = {"cpu": 0.0, "accelerator": 0.0}
-        self._predicted_us = {"cpu": 0.0, "accelerator": 0.0}
+        self._phases = {phase: _Phase() for phase in PHASES}
         self._layer_us = 0.0
+        self.prefetched = 0
+        self.prefetch_used = 0
 
     def add(
         self,
@@ -35,18 +67,28 @@ class Counters:
         strategy: npt.NDArray[np.uint8],
         counts: npt.NDArray[np.int32],
         predicted_us: npt.NDArray[np.float32],
+        actual_us: tuple[float, float],
+        layer_us: float,
     ) -> None:
-        """Notes a layer's decision: calls [4] experts per strategy; strategy, counts [E]; predicted_us [2] CPU, GPU."""
-        self._layers[phase] += 1
-        self._calls[phase] += calls
-        self._tokens[phase] += np.bincount(strategy, weights=counts, minlength=4)
-        self._predicted_us["cpu"] += float(predicted_us[0])
-        self._predicted_us["accelerator"] += float(predicted_us[1])
+        """Notes a layer.
 
-    def add_time(self, cpu_us: float, accelerator_us: float, layer_us: float) -> None:
-        """Notes how long one layer's lanes were busy, and the layer as a whole took."""
-        self._busy_us["cpu"] += cpu_us
-        self._busy_us["accelerator"] += accelerator_us
+        calls [5] experts per strategy; strategy, counts [E]; predicted_us, actual_us: CPU lane, accelerator; layer_us:
+        the whole layer
+        """
+        sums = self._phases[phase]
+        sums.layers += 1
+        sums.calls += calls
+        sums.tokens += np.bincount(strategy, weights=counts, minlength=_CODES)
+        key = tuple(calls[1:].tolist())
+        seen, lanes = sums.decisions.get(key, (0, None))
+        if lanes is None:
+            lanes = _Lanes()
+        if seen or len(sums.decisions) < _MOST_DECISIONS:
+            sums.decisions[key] = (seen + 1, lanes)
+        for part in (sums.lanes, lanes):
+            part.layers += predicted_us > 0
+            part.predicted_us += predicted_us
+            part.actual_us += actual_us
         self._layer_us += layer_us
 
     def snapshot(self) -> dict[str, Any]:
@@ -54,27 +96,44 @@ class Counters:
 
         expert_calls, expert_tokens  {strategy: sum}: an expert run for n tokens is 1 call and n tokens
         layers                       MoE layers executed
-        phases                       the same three for prefill and decode apart
-        busy_us, predicted_us        {"cpu", "accelerator"}: time in each lane, and what the plan's tables said
+        lanes                        {"cpu", "accelerator"}: layers in which the lane had work, microseconds that the
+                                     plan's tables predicted for it, and that it took (from when it was given its work)
+        phases                       the same four for prefill and decode apart, and `decisions`: the three most common,
+                                     as experts by strategy, how often, and their lanes
         layer_us                     time in Engine.moe
+        prefetched, prefetch_used    experts fetched ahead for the next layer, and those that it then wanted
         """
-        phases = {
-            phase: {
-                "layers": self._layers[phase],
-                "expert_calls": _named(self._calls[phase]),
-                "expert_tokens": _named(self._tokens[phase]),
-            }
-            for phase in PHASES
-        }
+        every = list(self._phases.values())
+        lanes = _Lanes(
+            *(sum(getattr(p.lanes, name) for p in every) for name in ("layers", "predicted_us", "actual_us"))
+        )
         return {
-            "layers": sum(self._layers.values()),
-            "expert_calls": _named(sum(self._calls.values(), np.zeros(4))),
-            "expert_tokens": _named(sum(self._tokens.values(), np.zeros(4))),
-            "phases": phases,
-            "busy_us": dict(self._busy_us),
-            "predicted_us": dict(self._predicted_us),
+            "layers": sum(phase.layers for phase in every),
+            "expert_calls": _named(sum((phase.calls for phase in every), np.zeros(_CODES))),
+            "expert_tokens": _named(sum((phase.tokens for phase in every), np.zeros(_CODES))),
+            "lanes": lanes.snapshot(),
+            "phases": {
+                name: {
+                    "layers": phase.layers,
+                    "expert_calls": _named(phase.calls),
+                    "expert_tokens": _named(phase.tokens),
+                    "lanes": phase.lanes.snapshot(),
+                    "decisions": _most_common(phase.decisions),
+                }
+                for name, phase in self._phases.items()
+            },
             "layer_us": self._layer_us,
+            "prefetched": self.prefetched,
+            "prefetch_used": self.prefetch_used,
         }
+
+
+def _most_common(decisions: dict[tuple[int, ...], tuple[int, _Lanes]]) -> list[dict[str, Any]]:
+    ranked = sorted(decisions.items(), key=lambda item: (-item[1][0], item[0]))[:3]
+    return [
+        {"experts": dict(zip(STRATEGIES, key, strict=True)), "layers": seen, "lanes": lanes.snapshot()}
+        for key, (seen, lanes) in ranked
+    ]
 
 
 def _named(sums: npt.NDArray[np.float64]) -> dict[str, int]:

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from . import strategies as rules
+from .ahead import Ahead
 from .counters import PHASES, Counters, Phase
 from .dispatch import Dispatcher
+from .drift import LANES, Drift
 from .errors import FiddlerError, FiddlerWarning
 from .lanes.accelerator import AcceleratorLanes
 from .lanes.device import Device, open_device
@@ -24,7 +26,7 @@ from .lanes.routing import route
 from .lanes.streamed import StreamedLane
 from .loading import load_plan, open_library
 from .machine import cpu_lane_threads, usable_cores
-from .makespan import CPU, RESIDENT, STREAMED
+from .makespan import CPU, RESIDENT, SPLIT, STREAMED
 from .plan import Plan
 from .store import place
 from .strategies import DeviceChoice
@@ -88,15 +90,18 @@ class Engine:
             raise
         # The tables as they apply here: where the weights are decides, not where the plan would have put them.
         tables = dataclasses.replace(self.plan.tables, resident=resident.astype(np.uint8))
-        self._dispatcher = Dispatcher(self._library, tables, self.spec.num_experts, allow=self.strategies)
-        self._lanes = AcceleratorLanes(self._device, self._store, self._streamed_lane(resident))
+        streaming = "streamed" in self.strategies and not resident.all()
+        on = {feature.name for feature in self.plan.header.features if feature.on} if streaming else set()
+        self._features = tuple(sorted(on))
+        rows = self.spec.intermediate_size if "split" in on and "cpu" in self.strategies else 0
+        self._dispatcher = Dispatcher(self._library, tables, self.spec.num_experts, allow=self.strategies, rows=rows)
+        # What is worth fetching ahead was decided for the plan's own residents.
+        self._ahead = Ahead(self.plan.tables.prefetch, self._store) if "prefetch" in on else None
+        shape = (self.spec.hidden_size, self.spec.intermediate_size)
+        lane = StreamedLane(self._device, *shape, prefetch="prefetch" in on) if streaming else None
+        self._lanes = AcceleratorLanes(self._device, self._store, lane)
+        self._drift = Drift(self.plan)
         self._description = self._describe()
-
-    def _streamed_lane(self, resident: Any) -> StreamedLane | None:
-        if "streamed" not in self.strategies or resident.all():
-            return None
-        spec = self.spec
-        return StreamedLane(self._device, spec.hidden_size, spec.intermediate_size, self._library.packed_bytes)
 
     @property
     def device(self) -> torch.device:
@@ -157,34 +162,62 @@ class Engine:
         started = time.perf_counter_ns()
         ids = topk_ids.to(device="cpu", dtype=torch.int64).contiguous()
         weights = topk_weights.to(device="cpu", dtype=torch.float32).contiguous()
-        strategy = self._dispatcher.decide(row, ids)
-        calls = np.bincount(strategy, minlength=4)
-        self._counters.add(self._phase, calls, strategy, self._dispatcher.counts, self._dispatcher.lane_us)
+        decided = self._dispatcher
+        lent = None if self._ahead is None else self._ahead.fetched_for(row)
+        if lent is not None:
+            decided.lend(row, lent)
+        strategy = decided.decide(row, ids)
+        decided.take_back()
+        calls = np.bincount(strategy, minlength=SPLIT + 1)
+        ahead = None if self._ahead is None else self._ahead.guess(row, decided.counts)
 
         # No hand-off to the accelerator's thread without work for it, no kernel call without work for the CPU.
         future = None
-        if calls[RESIDENT] or calls[STREAMED]:
-            routing = route(ids, weights, self._dispatcher.counts, strategy, self._device.torch_device)
-            there = hidden.to(device=self._device.torch_device, dtype=torch.bfloat16)
-            future = self._lanes.submit(row, there, routing)
+        handed = time.perf_counter_ns()
+        if calls[RESIDENT] or calls[STREAMED] or calls[SPLIT]:
+            split = (int(decided.split[0]), int(decided.split[1])) if calls[SPLIT] else None
+            device = self._device.torch_device
+            routing = route(ids, weights, decided.counts, strategy, device, split=split, lent=lent)
+            there = hidden.to(device=device, dtype=torch.bfloat16)
+            future = self._lanes.submit(row, there, routing, ahead)
+        elif ahead is not None:
+            self._lanes.prefetch(*ahead)
         cpu_us = accelerator_us = 0.0
         out: torch.Tensor | None = None
         try:
-            if calls[CPU] or future is None:
+            if calls[CPU] or calls[SPLIT] or future is None:
                 here = hidden.to(device="cpu", dtype=torch.bfloat16).contiguous()
                 out = torch.empty(here.shape, dtype=torch.float32)
                 before = time.perf_counter_ns()
-                self._kernels.moe(here, ids, weights, self._store.pointers[row], out, strategy)
+                rows = int(decided.split[1])
+                self._kernels.moe(here, ids, weights, self._store.pointers[row], out, strategy, rows)
                 cpu_us = (time.perf_counter_ns() - before) / 1e3
         finally:
             # Also after an error: the queue must be done with this call's tensors.
             if future is not None:
-                theirs, accelerator_us = self._lanes.join(future)
+                theirs, done = self._lanes.join(future)
+                accelerator_us = (done - handed) / 1e3
         if future is not None:
             out = theirs if out is None else theirs.add_(out.to(theirs.device))
         assert out is not None
-        self._counters.add_time(cpu_us, accelerator_us, (time.perf_counter_ns() - started) / 1e3)
+        layer_us = (time.perf_counter_ns() - started) / 1e3
+        actual = (cpu_us, accelerator_us)
+        self._counters.add(self._phase, calls, strategy, decided.counts, decided.lane_us, actual, layer_us)
+        self._watch(actual)
+        if lent is not None:
+            self._counters.prefetch_used += int(strategy[lent] == RESIDENT)
+        self._counters.prefetched += ahead is not None
         return out
+
+    def _watch(self, actual_us: tuple[float, float]) -> None:
+        """Warns, once, when a lane is not as fast or slow as the plan says."""
+        for lane, predicted, actual in zip(LANES, self._dispatcher.lane_us.tolist(), actual_us, strict=True):
+            # On a GPU the queue's thread is done before the GPU is: its time is not the lane's.
+            if predicted > 0 and not (lane == "accelerator" and self._device.kind == "cuda"):
+                self._drift.note(lane, predicted, actual)
+        message = self._drift.message()
+        if message is not None:
+            warnings.warn(message, FiddlerWarning, stacklevel=4)
 
     def set_phase(self, phase: Phase) -> None:
         """Under which phase the coming layers are counted. `hf.load` sets it by itself; the default is decode."""
@@ -212,6 +245,7 @@ class Engine:
             "device": self._device.kind,
             "torch_device": str(self._device.torch_device),
             "strategies": list(self.strategies),
+            "features": list(self._features),
             "isa": self._kernels.isa,
             "kernel": symbols[self._kernels.isa],
             "threads": self._kernels.threads,

@@ -13,7 +13,7 @@ from .resident import run_resident
 from .routing import Routing
 from .streamed import StreamedLane
 
-Result = tuple[torch.Tensor, float]
+Result = tuple[torch.Tensor, int]
 
 
 class AcceleratorLanes:
@@ -24,23 +24,40 @@ class AcceleratorLanes:
         self._store = store
         self._streamed = streamed
 
-    def submit(self, row: int, hidden: torch.Tensor, routing: Routing) -> Future[Result]:
-        """Queues the layer's share; hidden bf16 [T, H] on the device."""
-        return self._device.submit(self._run, row, hidden, routing)
+    def submit(
+        self, row: int, hidden: torch.Tensor, routing: Routing, ahead: tuple[int, int] | None = None
+    ) -> Future[Result]:
+        """Queues the layer's share; hidden bf16 [T, H] on the device.
+
+        ahead  (row, expert) to fetch for a later layer once this one's copies are on their way
+        """
+        return self._device.submit(self._run, row, hidden, routing, ahead)
+
+    def prefetch(self, row: int, expert: int) -> Future[None]:
+        """Queues fetching an expert ahead, where the layer has no work for the accelerator."""
+        return self._device.submit(self._fetch, row, expert)
 
     def join(self, future: Future[Result]) -> Result:
-        """(out fp32 [T, H] on the device, microseconds the compute queue's thread was busy)."""
+        """(out fp32 [T, H] on the device, time.perf_counter_ns() when the compute queue's thread was done)."""
         return self._device.join(future)
 
-    def _run(self, row: int, hidden: torch.Tensor, routing: Routing) -> Result:
-        started = time.perf_counter_ns()
+    def _run(self, row: int, hidden: torch.Tensor, routing: Routing, ahead: tuple[int, int] | None) -> Result:
         out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        packed = self._store.packed[row]
-        if routing.streamed and self._streamed is not None:
-            # The copies first: the resident experts are computed while they run.
-            arrivals = self._streamed.start(routing, packed)
+        packed, streamed = self._store.packed[row], self._streamed
+        if streamed is None:
             run_resident(hidden, routing, self._store.resident[row], out)
-            self._streamed.finish(hidden, routing, packed, arrivals, out)
-        else:
-            run_resident(hidden, routing, self._store.resident[row], out)
-        return out, (time.perf_counter_ns() - started) / 1e3
+            return out, time.perf_counter_ns()
+        # The copies first: the resident experts are computed while they run.
+        arrivals = streamed.start(routing, packed)
+        run_resident(hidden, routing, self._store.resident[row], out)
+        if routing.lent is not None:
+            streamed.use_prefetched(hidden, routing, routing.lent, out)
+        streamed.finish(hidden, routing, packed, arrivals, out)
+        done = time.perf_counter_ns()
+        if ahead is not None:
+            self._fetch(*ahead)
+        return out, done
+
+    def _fetch(self, row: int, expert: int) -> None:
+        assert self._streamed is not None
+        self._streamed.prefetch(self._store.packed[row][expert])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,15 @@ from ..makespan import RESIDENT, STREAMED
 
 @dataclass(frozen=True)
 class Share:
-    """One expert's part of a Routing: rows[start:stop] and weights[start:stop]."""
+    """One expert's part of a Routing: rows[start:stop] and weights[start:stop].
+
+    first  of a split expert, how many of its intermediate rows are computed here, the first ones; None: all
+    """
 
     expert: int
     start: int
     stop: int
+    first: int | None = None
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,16 @@ class Routing:
     rows      int64 [n], token of each choice, grouped by expert; on the device
     weights   fp32 [n], its weight
     resident  experts whose weights are there
-    streamed  experts to copy first, the one with most tokens first (design.md, dispatch: Johnson's rule)
+    streamed  experts to copy first, the one with most tokens first (design.md, dispatch: Johnson's rule); a split one
+              last
+    lent      the expert that was fetched ahead, if it is wanted; then it is not among the resident ones
     """
 
     rows: torch.Tensor
     weights: torch.Tensor
     resident: tuple[Share, ...]
     streamed: tuple[Share, ...]
+    lent: Share | None = None
 
 
 def route(
@@ -42,11 +49,14 @@ def route(
     counts: npt.NDArray[np.int32],
     strategy: npt.NDArray[np.uint8],
     device: torch.device,
+    *,
+    split: tuple[int, int] | None = None,
+    lent: int | None = None,
 ) -> Routing:
     """Sorts a layer's choices by expert.
 
-    topk_ids int64 [T, k] and topk_weights fp32 [T, k] on the CPU, contiguous; counts and strategy [E] as the dispatcher
-    gave them. Ids outside [0, E) belong to no expert.
+    topk_ids int64 [T, k] and topk_weights fp32 [T, k] on the CPU, contiguous; counts, strategy [E] and split as the
+    dispatcher gave them. Ids outside [0, E) belong to no expert. lent: the expert that was fetched ahead, if any
     """
     experts = counts.size
     flat = topk_ids.numpy().reshape(-1)
@@ -59,9 +69,12 @@ def route(
         return tuple(Share(e, int(stops[e] - counts[e]), int(stops[e])) for e in chosen.tolist())
 
     streamed = np.flatnonzero(strategy == STREAMED)
+    resident = shares(np.flatnonzero(strategy == RESIDENT))
+    last = () if split is None else tuple(replace(s, first=split[1]) for s in shares(np.array([split[0]])))
     return Routing(
         rows=torch.from_numpy(order // topk_ids.shape[1]).to(device),
         weights=topk_weights.view(-1)[torch.from_numpy(order)].to(device),
-        resident=shares(np.flatnonzero(strategy == RESIDENT)),
-        streamed=shares(streamed[np.argsort(-counts[streamed], kind="stable")]),
+        resident=tuple(share for share in resident if share.expert != lent),
+        streamed=shares(streamed[np.argsort(-counts[streamed], kind="stable")]) + last,
+        lent=next((share for share in resident if share.expert == lent), None),
     )

@@ -1,0 +1,172 @@
+"""What a plan can switch on in the engine: split experts and prefetch. And drift from what the plan says."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kernel_samples import ISAS, open_isa, random_expert
+from plan_samples import sample_header, sample_tables
+from runtime_samples import every_third, small_spec, write_sample_plan
+
+from fiddler_runtime.ahead import Ahead
+from fiddler_runtime.drift import LEAST_LAYERS, WARM_UP, Drift
+from fiddler_runtime.engine import Engine
+from fiddler_runtime.errors import FiddlerWarning
+from fiddler_runtime.kernels import empty_packed
+from fiddler_runtime.lanes.expert import unpack_expert
+from fiddler_runtime.lanes.streamed import copy_first_rows
+from fiddler_runtime.plan import Feature, Plan
+from fiddler_runtime.weights import ExpertWeights
+
+# Tails everywhere: an odd hidden size, 3 blocks of 64 rows and 8 more.
+SPEC = small_spec(hidden_size=71, intermediate_size=200, num_layers=4, moe_layers=(0, 1, 3))
+SPLIT, PREFETCH = Feature("split", True, 0.1, 0.1, 0.1), Feature("prefetch", True, 0.1, 0.1, 0.1)
+
+
+@pytest.fixture(scope="module")
+def experts() -> dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (SPEC.hidden_size, SPEC.intermediate_size)
+    made = {(layer, e): random_expert(shape, generator) for layer in SPEC.moe_layers for e in range(SPEC.num_experts)}
+    return {key: (expert.gate, expert.up, expert.down) for key, expert in made.items()}
+
+
+def run(plan: Plan, experts, steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):  # type: ignore[no-untyped-def]
+    """(outputs of every layer of every step, counters)."""
+    with Engine(plan, ExpertWeights.from_tensors(experts)) as engine:
+        outputs = [engine.moe(layer, *step) for step in steps for layer in SPEC.moe_layers]
+        return outputs, engine.counters()
+
+
+def steps(tokens: tuple[int, ...], seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for count in tokens:
+        scores = torch.rand(count, SPEC.num_experts, generator=generator) + torch.linspace(0, 1, SPEC.num_experts)
+        weights, ids = scores.topk(SPEC.top_k)
+        made.append((torch.randn(count, SPEC.hidden_size, generator=generator).bfloat16(), ids, weights))
+    return made
+
+
+@pytest.mark.parametrize("rows", [64, 128, 192])
+@pytest.mark.parametrize("shape", [(71, 200), (64, 256), (130, 300)])
+def test_the_first_rows_of_a_packed_expert_are_a_packed_expert(shape: tuple[int, int], rows: int) -> None:
+    expert = random_expert(shape, torch.Generator().manual_seed(2))
+    with open_isa(shape, ISAS[-1]) as kernels:
+        packed = expert.packed(kernels)
+    landing = empty_packed(packed.nbytes)
+    landing.fill_(float("nan"))
+    gate_up, down = unpack_expert(copy_first_rows(packed, landing, *shape, rows), shape[0], rows)
+    assert torch.equal(gate_up, torch.cat([expert.gate[:rows], expert.up[:rows]]))
+    assert torch.equal(down, expert.down[:, :rows])
+
+
+def test_a_split_expert_gives_what_a_whole_one_gives(tmp_path: Path, experts) -> None:  # type: ignore[no-untyped-def]
+    mixed = steps((1, 30, 60, 90, 200))
+    whole, plain = run(write_sample_plan(tmp_path / "whole", SPEC), experts, mixed)
+    split, counted = run(write_sample_plan(tmp_path / "split", SPEC, features=(SPLIT,)), experts, mixed)
+    assert plain["expert_calls"]["split"] == 0 < counted["expert_calls"]["split"]
+    assert counted["expert_tokens"]["split"] > 0
+    for a, b in zip(whole, split, strict=True):
+        # Sums over intermediate rows are parted, each part is rounded to bf16 on the accelerator.
+        assert torch.allclose(a.float(), b.float(), rtol=2.0**-5, atol=2.0**-5)
+
+
+def test_a_plan_without_the_cpu_lane_splits_nothing(tmp_path: Path, experts) -> None:  # type: ignore[no-untyped-def]
+    plan = write_sample_plan(tmp_path / "split", SPEC, features=(SPLIT,))
+    with Engine(plan, ExpertWeights.from_tensors(experts), strategies=("resident", "streamed")) as engine:
+        for step in steps((30, 200)):
+            engine.moe(0, *step)
+        assert engine.counters()["expert_calls"]["split"] == 0
+
+
+def test_prefetched_experts_change_nothing_but_the_lane(tmp_path: Path, experts) -> None:  # type: ignore[no-untyped-def]
+    shape = (len(SPEC.moe_layers), SPEC.num_experts)
+    table = np.full((*shape, 2), -1, np.int16)
+    resident = every_third(SPEC)
+    # Of the next layer's experts off the accelerator, the one with the highest index: those are chosen most here.
+    for row in range(shape[0] - 1):
+        table[row, :, 0] = max(np.flatnonzero(~resident[row + 1]))
+    mixed = steps((1, 1, 2, 30, 90))
+    plain_plan = write_sample_plan(tmp_path / "plain", SPEC)
+    fetching = write_sample_plan(tmp_path / "fetching", SPEC, features=(PREFETCH,), prefetch=table)
+    plain, before = run(plain_plan, experts, mixed)
+    fetched, counters = run(fetching, experts, mixed)
+    assert before["prefetched"] == before["prefetch_used"] == 0
+    assert counters["prefetched"] == len(mixed) * (shape[0] - 1)
+    assert 0 < counters["prefetch_used"] <= counters["prefetched"]
+    used = counters["expert_calls"]["resident"] - before["expert_calls"]["resident"]
+    assert used == counters["prefetch_used"]
+    for a, b in zip(plain, fetched, strict=True):
+        assert torch.allclose(a.float(), b.float(), rtol=2.0**-5, atol=2.0**-5)
+
+
+def test_guesses_are_votes() -> None:
+    class Store:
+        packed = ({}, {0: 1, 1: 1, 3: 1}, {2: 1})
+
+    table = np.array(
+        [[[0, 1], [1, -1], [2, -1], [-1, -1]], [[2, -1], [-1, -1], [-1, -1], [-1, -1]], [[0, 1]] * 4], np.int16
+    )
+    ahead = Ahead(table, Store())  # type: ignore[arg-type]
+    assert ahead.guess(0, np.array([1, 0, 0, 0], np.int32)) == (1, 0)
+    assert ahead.fetched_for(1) == 0 and ahead.fetched_for(0) is None
+    assert ahead.guess(0, np.array([1, 3, 0, 0], np.int32)) == (1, 1)
+    assert ahead.guess(0, np.array([0, 0, 5, 0], np.int32)) is None, "not off the accelerator here"
+    assert ahead.guess(0, np.array([0, 0, 0, 5], np.int32)) is None, "says nothing"
+    assert ahead.fetched_for(1) is None
+    assert ahead.guess(1, np.array([1, 0, 0, 0], np.int32)) == (2, 2)
+    assert ahead.guess(2, np.array([1, 1, 1, 1], np.int32)) is None, "the last layer"
+
+
+def drifting(ratio: float, *, provenance: str = "measured", slow: float | None = None) -> str | None:
+    """What a lane is said to do that takes `ratio` times its prediction; slow: the slow regime's factor."""
+    header = sample_header()
+    hardware = replace(header.hardware, provenance=provenance)  # type: ignore[arg-type]
+    tables = sample_tables()
+    if slow is not None:
+        both = np.concatenate([tables.cpu_us, np.float32(slow) * tables.cpu_us])
+        tables = sample_tables(cpu_us=both, regime_shares=np.array([0.5, 0.5], np.float32))
+    drift = Drift(Plan(Path("plan"), replace(header, hardware=hardware), tables))
+    for layer in range(WARM_UP + LEAST_LAYERS):
+        drift.note("cpu", 1000.0, 1000.0 * (50.0 if layer < WARM_UP else ratio))
+        if layer < WARM_UP + LEAST_LAYERS - 1:
+            assert drift.message() is None, "too early to tell"
+    said = drift.message()
+    assert drift.message() is None, "once"
+    return said
+
+
+@pytest.mark.parametrize("ratio", [0.85, 1.0, 1.2])
+def test_what_is_as_planned_is_not_worth_a_word(ratio: float) -> None:
+    assert drifting(ratio) is None
+
+
+def test_drift_is_told_with_what_to_do() -> None:
+    for ratio in (0.5, 1.4):
+        said = drifting(ratio)
+        assert said is not None and f"{ratio:.2f} x" in said and "fiddlerc calibrate" in said and "CPU lane" in said
+    sheet = drifting(1.4, provenance="data sheet")
+    assert sheet is not None and "data sheet" in sheet
+
+
+def test_a_slow_regime_is_as_planned() -> None:
+    assert drifting(1.6) is not None
+    assert drifting(1.6, slow=1.5) is None
+    assert drifting(2.0, slow=1.5) is not None
+
+
+def test_an_engine_warns_once_of_a_plan_that_is_wrong(tmp_path: Path, experts) -> None:  # type: ignore[no-untyped-def]
+    plan = write_sample_plan(tmp_path / "plan", SPEC, us=1e5)  # every token ten times a second
+    with Engine(plan, ExpertWeights.from_tensors(experts), strategies=("cpu",)) as engine, warnings.catch_warnings():
+        warnings.simplefilter("error", FiddlerWarning)
+        step = steps((1500,))[0]
+        with pytest.raises(FiddlerWarning, match="CPU lane takes 0"):
+            for _ in range(2000):
+                engine.moe(0, *step)
+        engine.moe(0, *step)
