@@ -233,7 +233,7 @@ def predict(request: PredictRequest, progress: Progress | None = None) -> Predic
         )
     if not any(curve.quantity == "rest_of_step" and curve.samples for curve in header.latency):
         lines.append(
-            "attention and all else outside the routed experts was not measured for this plan: its time follows from the "
+            "attention and all else outside the routed experts was not measured here: its time follows from the "
             f"machine's limits; `fiddlerc calibrate --model {model.name}` measures it"
         )
     return Predicted(header, workload, prediction, tuple(lines), tuple(sweep))
