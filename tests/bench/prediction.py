@@ -68,11 +68,11 @@ def main() -> None:
         return
     print(f"{spec.name}, device {arguments.device}; {machine.cpu}, {machine.cores} cores, {', '.join(machine.isa)}")
     print(f"plan for {plan.header.hardware.name} ({plan.header.hardware.provenance}): {plan.header.hardware.source}")
-    print(f"{'':8}{'predicted tok/s':>26}{'measured tok/s':>26}{'predicted / measured':>22}")
+    print(f"{'':8}{'predicted tok/s':>32}{'measured tok/s':>32}{'predicted / measured':>22}")
     for result in results:
         forecast_text = ", ".join(f"{rate:.4g} ({regime})" for regime, rate in result.predicted.items())
         spread = f"{result.measured:.4g} ({result.low:.4g}-{result.high:.4g})"
-        print(f"{result.scenario:8}{forecast_text:>26}{spread:>26}{result.ratio:22.3f}")
+        print(f"{result.scenario:8}{forecast_text:>32}{spread:>32}{result.ratio:22.3f}")
 
 
 def predictions(plan: Plan, recorded: Path | None, workload: simulate.Workload) -> dict[str, dict[str, float]]:
