@@ -348,6 +348,7 @@ def run(
     temperature: Annotated[float, typer.Option(min=0.0, help="Sample at this temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling.")] = 0,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what was decided, predicted and measured.")] = False,
     device: Device = DeviceOption.auto,
     isa: Isa = None,
     threads: Threads = None,
@@ -386,6 +387,8 @@ def run(
     )
     err.print(f"[dim]expert calls: {_shares(calls)}[/]")
     err.print(f"[dim]kernel {result.engine['isa']}, {result.engine['threads']} threads, {result.engine['device']}[/]")
+    if explain:
+        _print_explanation(result.counters)
 
 
 @app.command()
@@ -606,6 +609,37 @@ def format_bytes(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} TiB"
+
+
+def _print_explanation(counters: dict[str, Any]) -> None:
+    """Per phase: what ran where, and each lane's time as predicted and as measured."""
+    for name, phase in counters["phases"].items():
+        if not phase["layers"]:
+            continue
+        calls, tokens = phase["expert_calls"], phase["expert_tokens"]
+        total = sum(tokens.values()) or 1
+        out.print(
+            f"{name}: {phase['layers']} layers; {tokens['resident'] / total:.1%} of choices found their expert resident"
+        )
+        for strategy, count in calls.items():
+            if count:
+                out.print(f"  {strategy:9} {count:8} experts {tokens[strategy]:9} tokens")
+        out.print(f"  {'a layer, us':26} {'predicted':>10} {'measured':>10} {'ratio':>6}")
+        _print_lanes("all", phase["lanes"])
+        for decision in phase["decisions"]:
+            what = ", ".join(f"{count} {strategy}" for strategy, count in decision["experts"].items() if count)
+            out.print(f"  {decision['layers'] / phase['layers']:.0%} of layers: {what or 'no expert'}")
+            _print_lanes("", decision["lanes"])
+    if counters["prefetched"]:
+        out.print(f"prefetched {counters['prefetched']} experts, {counters['prefetch_used']} of them were wanted")
+
+
+def _print_lanes(label: str, lanes: dict[str, Any]) -> None:
+    for lane, sums in lanes.items():
+        if sums["layers"]:
+            predicted, actual = (sums[which] / sums["layers"] for which in ("predicted_us", "actual_us"))
+            ratio = f"{actual / predicted:6.2f}" if predicted else "     -"
+            out.print(f"    {label:10} {lane:13} {predicted:10.1f} {actual:10.1f} {ratio}")
 
 
 def _shares(calls: dict[str, int]) -> str:
