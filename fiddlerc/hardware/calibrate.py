@@ -18,7 +18,15 @@ from fiddler_runtime.plan import packed_bytes
 
 from ..ir import Calibration, Limits, Quantity, Regime, Sample
 from .catalog import SCHEMA
-from .lanes import AcceleratorExpert, Copies, CpuExpert, accelerator_peak_gflops, accelerator_read_gbps, queue_entry
+from .lanes import (
+    AcceleratorExpert,
+    Copies,
+    CpuExpert,
+    accelerator_peak_gflops,
+    accelerator_read_gbps,
+    after_a_pause,
+    queue_entry,
+)
 from .regimes import Regimes, split_regimes
 from .sampling import ATTEMPTS, Guard, Series, Timed, repeat, sizes_within
 
@@ -199,7 +207,7 @@ class _Session:
         calls: dict[int, Timed] = {}
 
         def once(tokens: int) -> float:
-            calls[tokens] = timed(tokens)
+            calls[tokens] = after_a_pause(timed(tokens))
             calls[tokens](0)  # touches its buffers
             return calls[tokens](1)
 
@@ -227,7 +235,8 @@ def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, re
     with library.open(None, threads) as kernels:
         read = regimes.fast_gbps, regimes.slow_gbps, regimes.slow_share
         peak = max(kernels.peak_gflops(4 * _PROBE_MS) for _ in range(probes))
-        cpu_entry = _median(CpuExpert(kernels, library.spec.hidden_size, library.spec.intermediate_size, 1).entry())
+        hidden = library.spec.hidden_size
+        cpu_entry = _median(after_a_pause(CpuExpert(kernels, hidden, library.spec.intermediate_size, 1).entry()))
     if device.kind == "none":
         return Limits(threads, *read, peak, 0.0, 0.0, 0.0, 0.0, cpu_entry, 0.0)
     if device.kind == "simulated":
@@ -237,7 +246,7 @@ def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, re
     else:
         gpu_read, size = accelerator_read_gbps(device, 1 << 30), 8192
     gpu_peak = accelerator_peak_gflops(device, size)
-    gpu_entry = _median(queue_entry(device))
+    gpu_entry = _median(after_a_pause(queue_entry(device, hidden)))
     copies = Copies(device, _COPY_BYTES, cache)
     try:
         to_device, to_host = copies.to_device(_COPY_BYTES), copies.to_host(_COPY_BYTES)
@@ -271,7 +280,11 @@ def _contention(
             for _ in range(session.effort.rounds):
                 for n in tokens:
                     series[n].times += repeat(
-                        timed(n), seconds=slot, least=session.effort.least, most=session.effort.most, warm_up=_WARM_UP
+                        after_a_pause(timed(n)),
+                        seconds=slot,
+                        least=session.effort.least,
+                        most=session.effort.most,
+                        warm_up=_WARM_UP,
                     )
     finally:
         copies.close()

@@ -10,15 +10,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from fiddler_runtime.kernels import Kernels, empty_packed, make_pointers
 from fiddler_runtime.lanes.device import Device, run_expert, unpack_expert_into
+from fiddler_runtime.lanes.routing import route
+from fiddler_runtime.makespan import RESIDENT
 from fiddler_runtime.plan import packed_bytes
 
 from .sampling import Timed
 
 _BF16 = torch.bfloat16
+_PAUSE_S = 3e-4  # about a layer's attention of a small model
+_PAUSE_BYTES = 8 << 20
 
 
 def random_weights(nbytes: int) -> torch.Tensor:
@@ -203,13 +208,37 @@ class Copies:
         return call
 
 
-def queue_entry(device: Device) -> Timed:
-    """Handing an empty job to the compute queue and waiting for it; microseconds."""
+def queue_entry(device: Device, hidden_size: int) -> Timed:
+    """What a layer pays once for the accelerator: sorting a token's choices, the hand-off, an empty result, waiting."""
+    ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
+    counts, strategy = np.ones(2, np.int32), np.full(2, RESIDENT, np.uint8)
+    hidden = torch.zeros(1, hidden_size, dtype=_BF16)
+
+    def empty_layer(there: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(there.shape, dtype=torch.float32, device=there.device)
+        settle(device)
+        return out
 
     def call(index: int) -> float:
         started = time.perf_counter_ns()
-        device.join(device.submit(settle, device))
+        route(ids, weights, counts, strategy, device.torch_device)
+        device.join(device.submit(empty_layer, hidden.to(device.torch_device)))
         return (time.perf_counter_ns() - started) / 1e3
+
+    return call
+
+
+def after_a_pause(timed: Timed) -> Timed:
+    """The same, each time after a pause in which other memory was used.
+
+    Between two layers of a model attention runs: a lane's thread falls asleep, and its caches are others' for a while.
+    """
+    others = np.zeros(_PAUSE_BYTES // 4, np.float32)
+
+    def call(index: int) -> float:
+        time.sleep(_PAUSE_S)
+        np.add(others, 1.0, out=others)  # not torch: its own threads would be awake for a while
+        return timed(index)
 
     return call
 
