@@ -464,7 +464,7 @@ def predict(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Predict tokens/s, ours beside the literature's, without the machine."""
+    """Predict tokens/s, ours beside the literature's."""
     from . import pipeline
 
     request = pipeline.PredictRequest(
@@ -599,16 +599,6 @@ def run_command_line(arguments: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         err.print(f"[cyan]hint:[/] {context.command_path if context else 'fiddlerc'} --help")
         return 2
-
-
-def format_bytes(count: int) -> str:
-    """1536 -> '1.5 KiB'."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
 
 
 def _print_explanation(counters: dict[str, Any]) -> None:

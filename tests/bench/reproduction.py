@@ -2,7 +2,7 @@
 
     python -m tests.bench.reproduction                                   the tables of docs/reproduction.md
     python -m tests.bench.reproduction --write docs/reproduction.md      put them there
-    python -m tests.bench.reproduction --counts FILE                     hit rates by published expert counts
+    python -m tests.bench.reproduction --counts FILE [FILE ...]          popularity from published expert counts
 
 Nothing is measured here. Popularity is drawn (seeded) with the mean and spread that the paper states, unless counts of
 Mixtral-8x7B are named; published figures are in tests/data/fiddler_published.json.
@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ CONTEXT = 4096
 BASELINES = ("llama.cpp", "deepspeed-mii", "mixtral-offloading-code")
 """Those that the paper compares with; Mixtral-Offloading as its published code does it, which is what could be run."""
 SHOWN = ("ours", "fiddler", "fiddler-code", *BASELINES)
+REPEATED = (1, 2, 4, 8, 16)
 ENVIRONMENTS = {"env1": "fiddler-env1", "env2": "fiddler-env2"}
 
 
@@ -63,7 +64,9 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", type=Path, help="expert counts of Mixtral-8x7B, as `fiddlerc trace` imports them")
+    parser.add_argument(
+        "--counts", type=Path, nargs="+", default=[], help="of Mixtral-8x7B, as `fiddlerc trace` imports"
+    )
     parser.add_argument("--write", type=Path, help="a document with the two marks between which the tables belong")
     arguments = parser.parse_args()
     text = tables(arguments.counts)
@@ -75,14 +78,16 @@ def main() -> None:
     arguments.write.write_text(before + BEGIN + text + END + rest.split(END)[1])
 
 
-def tables(counts: Path | None = None) -> str:
+def tables(counts: Sequence[Path] = ()) -> str:
     """All tables, as Markdown."""
     published = json.loads(PUBLISHED.read_text())
     spec = frontend.load_model("mixtral")
-    if counts is None:
+    if not counts:
         popularity = drawn_popularity(published, len(spec.moe_layers), spec.num_experts)
     else:
-        popularity = trace.popularity(trace.from_counts(counts, spec), spec, "decode")
+        texts = [trace.from_counts(path, spec) for path in counts]
+        together = replace(texts[0], counts=np.sum([text.counts for text in texts], axis=0))
+        popularity = trace.popularity(together, spec, "decode")
     places = {key: environment(key, published, popularity) for key in ENVIRONMENTS}
     decode = {key: list(decode_rows(place, published)) for key, place in places.items()}
     prefill = {key: list(prefill_rows(place, published)) for key, place in places.items()}
@@ -90,6 +95,7 @@ def tables(counts: Path | None = None) -> str:
     parts = [
         hit_rates(places, published),
         summary({"single_batch_decode": decode, "long_prefill": prefill, "beam_search": beam}, published),
+        repeats(places, published),
         measured(decode["env2"], prefill["env2"], published),
         *(section(f"Decode, {key}: tokens/s, prompt included", "in/out", rows) for key, rows in decode.items()),
         *(section(f"Prefill, {key}: prompts/s", "tokens", rows) for key, rows in prefill.items()),
@@ -193,6 +199,25 @@ def summary(results: dict[str, dict[str, list[Row]]], published: dict[str, Any])
             rows.append([scenario.replace("_", " "), key, *means, f"{stated} x" if key == "both" else ""])
     head = ["scenario", "environment", "ours", "fiddler (Algorithm 1)", "fiddler-code", "published (Fiddler)"]
     return titled("Speed-up over the best baseline, mean over configurations", table(head, rows))
+
+
+def repeats(places: dict[str, Environment], published: dict[str, Any]) -> str:
+    """What it means for llama.cpp when each of its beams computes more than its last token again in every step."""
+    by_name = {policy.name: policy for policy in strategies()}
+    llama, names = by_name["llama.cpp"], ("fiddler", "fiddler-code")
+    rows = []
+    for tokens in REPEATED:
+        ratios: dict[str, list[float]] = {name: [] for name in names}
+        for place in places.values():
+            prompt = prompt_seconds(llama, place, BEAM_INPUT)
+            one = seconds(llama, beam_steps(place.steps["decode"], tokens, True), place.setting)
+            for row in beam_rows(place, published):
+                rates = {**row.rates, "llama.cpp": BEAM_OUTPUT / (prompt + int(row.label) * one)}
+                for name in names:
+                    ratios[name].append(Row(row.label, rates).over_best(name))
+        rows.append([str(tokens), *(f"{statistics.fmean(ratios[name]):.2f} x" for name in names)])
+    head = ["tokens a beam computes in a step of llama.cpp", "fiddler (Algorithm 1)", "fiddler-code"]
+    return titled("Beam search, mean speed-up over the best baseline, if llama.cpp repeats tokens", table(head, rows))
 
 
 def measured(decode: list[Row], prefill: list[Row], published: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from fiddlerc.cli import run_command_line
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "tiny-mixtral"
 CATALOG = ROOT / "fiddlerc" / "hardware" / "catalog"
-COMMANDS = ("compile", "calibrate", "trace", "inspect", "verify", "run", "bench", "doctor")
+COMMANDS = ("compile", "predict", "calibrate", "trace", "inspect", "verify", "run", "bench", "doctor")
 Golden = Callable[[str, str], None]
 
 
