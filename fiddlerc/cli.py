@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fiddler_runtime.errors import FiddlerError, FiddlerWarning
+from fiddler_runtime.text import format_bytes
 
 from . import __version__
 
@@ -130,6 +131,7 @@ def compile_command(
         bool, typer.Option("--include-binaries", help="Ship the built library inside the plan.")
     ] = False,
     dump_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Write each stage's result there.")] = None,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the report's figures there, as PNG.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL for the machine HW into a plan."""
@@ -148,6 +150,7 @@ def compile_command(
         build=build,
         include_binaries=include_binaries,
         dump_dir=dump_dir,
+        plots_dir=plots,
     )
     with _progress() as progress:
         compiled = pipeline.compile_plan(request, progress)

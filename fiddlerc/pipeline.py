@@ -64,6 +64,7 @@ class CompileRequest:
     build: bool = True
     include_binaries: bool = False
     dump_dir: Path | None = None
+    plots_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,14 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
         files=(),
         digest="",
     )
-    files["report.html"] = report.render(header, calibration, fitted, placed, budget, tables)
+    workload = simulate.default_workload(model)
+    prediction = simulate.predict(header, tables, steps, workload, progress)
+    dump("prediction", prediction)
+
+    told = report.Inputs(header, calibration, fitted, placed, budget, tables, steps, prediction)
+    files["report.html"] = report.render(told)
+    if request.plots_dir is not None:
+        _write_plots(request.plots_dir, report.plots(told))
     output = request.output or Path(f"{model.name}-{calibration.name}")
     plan = plan_format.write_plan(output, header, tables, files)
     return Compiled(plan, library)
@@ -502,6 +510,20 @@ def _build(files: dict[str, str], progress: Progress | None) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         return build_kernels(Path(folder), progress=progress)
+
+
+def _write_plots(folder: Path, plots: dict[str, bytes]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in plots.items():
+            (folder / name).write_bytes(data)
+    except OSError as error:
+        raise FiddlerError(
+            f"cannot write to --plots {folder}",
+            found=error.strerror,
+            expected="a folder to write to",
+            hint="--plots OTHER_FOLDER, or none",
+        ) from None
 
 
 class _Dump:

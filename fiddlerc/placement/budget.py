@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.plan import packed_bytes
+from fiddler_runtime.text import format_bytes
 
 from ..ir import MemoryBudget, MemoryItem, ModelSpec, Options
 
@@ -45,21 +46,13 @@ def count_memory(spec: ModelSpec, options: Options) -> MemoryBudget:
 
 def _too_small(spec: ModelSpec, options: Options, fixed: tuple[MemoryItem, ...]) -> FiddlerError:
     least = int(sum(item.bytes for item in fixed) / (1 - SLACK)) + 1
-    parts = ", ".join(f"{item.item} {_amount(item.bytes)}" for item in fixed)
+    parts = ", ".join(f"{item.item} {format_bytes(item.bytes)}" for item in fixed)
     return FiddlerError(
         f"the GPU budget is below the non-expert part of {spec.name}",
-        found=f"--gpu-memory {_amount(options.gpu_memory_bytes)}",
-        expected=f"at least {_amount(least)} ({parts}, {SLACK:.0%} slack)",
+        found=f"--gpu-memory {format_bytes(options.gpu_memory_bytes)}",
+        expected=f"at least {format_bytes(least)} ({parts}, {SLACK:.0%} slack)",
         hint=f"--gpu-memory {_whole(least)}, or a smaller --context or --batch",
     )
-
-
-def _amount(count: int) -> str:
-    """For people: 1536 -> '1.5 KiB'."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
 
 
 def _whole(count: int) -> str:

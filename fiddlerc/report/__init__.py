@@ -1,5 +1,5 @@
-"""The HTML report of a plan."""
+"""The HTML report of a plan, and its figures as pictures."""
 
-from .page import render
+from .page import Inputs, plots, render
 
-__all__ = ["render"]
+__all__ = ["Inputs", "plots", "render"]

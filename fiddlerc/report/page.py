@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 
-from fiddler_runtime.makespan import Decision, choose, dense
+from fiddler_runtime.makespan import Decision, choose, dense, makespans
 from fiddler_runtime.plan import Header
+from fiddler_runtime.text import format_bytes
 
-from ..ir import Calibration, LatencyModel, MemoryBudget, Placement, Tables
+from ..ir import Calibration, LatencyModel, MemoryBudget, Placement, Prediction, Scenario, Steps, Tables
+from .timeline import Timeline, timeline
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PROMPT_TOKENS = (16, 128, 512, 2048)
 
 
-def render(
-    header: Header,
-    calibration: Calibration,
-    latency: LatencyModel,
-    placement: Placement,
-    budget: MemoryBudget,
-    tables: Tables,
-) -> bytes:
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that the page tells of. steps are those that prediction and features were made from."""
+
+    header: Header
+    calibration: Calibration
+    latency: LatencyModel
+    placement: Placement
+    budget: MemoryBudget
+    tables: Tables
+    steps: Mapping[Scenario, Steps]
+    prediction: Prediction
+
+
+def render(inputs: Inputs) -> bytes:
     """The page, UTF-8. The same arguments give the same bytes: nothing in it is dated, random or of this machine."""
     from . import figures  # matplotlib: only compiling needs it, and it takes a quarter of a second
 
@@ -36,25 +50,70 @@ def render(
     )
     environment.filters["bytes"] = format_bytes
     environment.filters["time"] = format_us
-    crossover = None if header.hardware.machine.accelerator.kind == "none" else crossover_tokens(latency)
-    experts_bytes = header.placement.resident_experts * header.model.expert_bytes
-    used = [*((item.item, item.bytes) for item in budget.items), ("resident experts", experts_bytes)]
+    header, tables = inputs.header, inputs.tables
     page = environment.get_template("page.html.j2").render(
         header=header,
         model=header.model,
-        machine=calibration.machine,
-        limits=calibration.limits,
-        latency=latency,
-        memory=[(name, size) for name, size in used if budget.total_bytes],
-        total_bytes=budget.total_bytes,
+        machine=inputs.calibration.machine,
+        limits=inputs.calibration.limits,
+        latency=inputs.latency,
+        prediction=inputs.prediction,
+        memory=[(name, size) for name, size in _memory(inputs) if inputs.budget.total_bytes],
+        total_bytes=inputs.budget.total_bytes,
         decode=_decode_decisions(header, tables),
         prompts=_prompt_decisions(header, tables),
-        crossover=crossover,
-        latency_figure=figures.latency(header, calibration, latency, crossover),
-        placement_figure=figures.placement(header, placement),
-        memory_figure=figures.memory(used, budget.total_bytes) if budget.total_bytes else "",
+        crossover=_crossover(inputs),
+        figures={name: figures.svg(figure) for name, figure in _figures(inputs).items()},
     )
     return page.encode()
+
+
+def plots(inputs: Inputs) -> dict[str, bytes]:
+    """The page's figures as PNG, by file name."""
+    from . import figures
+
+    return {f"{name}.png": figures.png(figure) for name, figure in _figures(inputs).items()}
+
+
+def _figures(inputs: Inputs) -> dict[str, Figure]:
+    """Every figure by its name; those that there is nothing to show in are left out."""
+    from . import figures
+
+    header, calibration, fitted = inputs.header, inputs.calibration, inputs.latency
+    found = {
+        "latency": figures.latency(header, calibration, fitted, _crossover(inputs)),
+        "residuals": figures.residuals(header, calibration, fitted),
+        "throughput": figures.throughput(inputs.prediction),
+        "placement": figures.placement(header, inputs.placement),
+        "decode-layer": figures.gantt(_typical_layer(inputs, "decode")),
+        "prefill-layer": figures.gantt(_typical_layer(inputs, "prefill")),
+        "memory": figures.memory(_memory(inputs), inputs.budget.total_bytes) if inputs.budget.total_bytes else None,
+    }
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def _typical_layer(inputs: Inputs, scenario: Scenario) -> Timeline:
+    """The layer of median makespan among the held-out steps with most tokens."""
+    header, steps = inputs.header, inputs.steps[scenario]
+    split = any(feature.name == "split" and feature.on for feature in header.features)
+    latencies = dense(inputs.tables, rows=header.model.intermediate_size if split else 0)
+    longest = steps.tokens == steps.tokens[steps.heldout].max()
+    counts = steps.counts[steps.heldout & longest]
+    resident = inputs.placement.resident
+    layers = np.tile(resident, (len(counts), 1))
+    spans = makespans(counts.reshape(-1, counts.shape[2]), layers, latencies).makespan_us
+    middle = int(np.argsort(spans, kind="stable")[len(spans) // 2])
+    return timeline(counts.reshape(-1, counts.shape[2])[middle], layers[middle], latencies)
+
+
+def _memory(inputs: Inputs) -> list[tuple[str, int]]:
+    experts = inputs.header.placement.resident_experts * inputs.header.model.expert_bytes
+    return [*((item.item, item.bytes) for item in inputs.budget.items), ("resident experts", experts)]
+
+
+def _crossover(inputs: Inputs) -> int | None:
+    kind = inputs.header.hardware.machine.accelerator.kind
+    return None if kind == "none" else crossover_tokens(inputs.latency)
 
 
 def _decode_decisions(header: Header, tables: Tables) -> list[dict[str, Any]]:
@@ -99,18 +158,11 @@ def _row(label: int, hits: int, misses: int, decision: Decision) -> dict[str, An
 
 def crossover_tokens(latency: LatencyModel) -> int | None:
     """From how many tokens of one expert alone a copy and the accelerator beat the CPU; None if they never do."""
-    cheaper = latency.gpu_us + latency.stream_us + latency.gpu_overhead_us < latency.prevailing_us + latency.cpu_overhead_us
+    cheaper = (
+        latency.gpu_us + latency.stream_us + latency.gpu_overhead_us < latency.prevailing_us + latency.cpu_overhead_us
+    )
     found = np.flatnonzero(cheaper & (latency.tokens > 0))
     return int(latency.tokens[found[0]]) if found.size else None
-
-
-def format_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def format_us(microseconds: float) -> str:

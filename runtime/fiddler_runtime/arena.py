@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .errors import FiddlerError
+from .text import format_bytes
 
 
 def allocate(nbytes: int) -> torch.Tensor:
@@ -56,13 +57,3 @@ def require(what: str, needed: int, available: int, hint: str) -> None:
             expected=f"{format_bytes(needed)}",
             hint=hint,
         )
-
-
-def format_bytes(count: int) -> str:
-    """1536 -> '1.5 KiB'."""
-    value = float(count)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"

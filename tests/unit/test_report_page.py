@@ -5,16 +5,29 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from plan_samples import sample_header, sample_machine, sample_model, sample_tables
 
 from fiddler_runtime.machine import Accelerator
+from fiddler_runtime.makespan import Latencies
 from fiddler_runtime.plan import HardwareSummary, Header, MemoryItem
-from fiddlerc import report
-from fiddlerc.ir import Calibration, LatencyModel, Limits, MemoryBudget, Placement, Sample
-from fiddlerc.report.page import crossover_tokens, format_bytes, format_us
+from fiddler_runtime.text import format_bytes
+from fiddlerc import report, trace
+from fiddlerc.ir import (
+    Calibration,
+    LatencyModel,
+    Limits,
+    MemoryBudget,
+    Placement,
+    PolicyResult,
+    Prediction,
+    Sample,
+)
+from fiddlerc.report.page import crossover_tokens, format_us
+from fiddlerc.report.timeline import timeline
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -51,24 +64,52 @@ class Page(HTMLParser):
 
 def calibration(header: Header) -> Calibration:
     samples = tuple(
-        Sample("cpu_expert", 64, 96, tokens, 36_864, 2, "avx2", 11.0 + 10.0 * tokens, 0.5, 9) for tokens in (1, 2, 4, 8)
+        Sample("cpu_expert", 64, 96, tokens, 36_864, 2, "avx2", 11.0 + 10.0 * tokens, 0.5, 9, "fast")
+        for tokens in (1, 2, 4, 8)
     )
     hardware = header.hardware
-    limits = Limits(2, 30.0, 400.0, 900.0, 9e4, 12.0, 12.0, 1.0, 2.0)
+    limits = Limits(2, 30.0, 0.0, 0.0, 400.0, 900.0, 9e4, 12.0, 12.0, 1.0, 2.0)
     return Calibration(
-        "fiddlerc-hw/1", hardware.name, hardware.provenance, hardware.source, hardware.machine, limits, samples
+        "fiddlerc-hw/2", hardware.name, hardware.provenance, hardware.source, hardware.machine, limits, samples, ()
     )
 
 
-def render(header: Header) -> bytes:
+def inputs(header: Header, *, slow: bool = False) -> report.Inputs:
+    """What a compiler would hand over; `slow`: on a machine whose memory has a second regime."""
     tables = sample_tables()
+    if slow:
+        both = np.concatenate([tables.cpu_us, 2 * tables.cpu_us])
+        tables = sample_tables(cpu_us=both, regime_shares=np.array([0.6, 0.4], np.float32))
+    curve = header.latency[0]
+    curves = (curve, replace(curve, quantity="gpu_expert", samples=0))
+    header = replace(header, latency=curves)
     latency = LatencyModel(
-        tables.tokens, tables.cpu_us.astype(float), tables.gpu_us.astype(float), 1.0, 2.0, 25.0, 0.1, header.latency
+        tables.tokens,
+        tables.cpu_us.astype(float),
+        tables.regime_shares.astype(float),
+        tables.gpu_us.astype(float),
+        tables.rest_us.astype(float),
+        0.01,
+        1.0,
+        2.0,
+        25.0,
+        0.1,
+        curves,
     )
     placement = Placement(tables.resident.astype(bool), tables.popularity.astype(float), header.placement)
     none = header.hardware.machine.accelerator.kind == "none"
     budget = MemoryBudget(0, (), 0) if none else MemoryBudget(1 << 20, header.memory, 3)
-    return report.render(header, calibration(header), latency, placement, budget, tables)
+    rows = (
+        PolicyResult("ours", "ours", 12.5, 0.25, 128, 30.0, 4, 0.375),
+        PolicyResult("another", "torch eager", 6.25, 0.5, 128, 10.0, 4, 0.25),
+    )
+    prediction = Prediction(rows, (8.0, 12.5) if slow else None, (0.9, 1.1))
+    steps = trace.sample_steps(None, placement.popularity, header.model, header.options)
+    return report.Inputs(header, calibration(header), latency, placement, budget, tables, steps, prediction)
+
+
+def render(header: Header) -> bytes:
+    return report.render(inputs(header))
 
 
 def test_the_same_bytes_and_nothing_from_elsewhere() -> None:
@@ -102,8 +143,54 @@ def test_everything_a_reader_looks_for() -> None:
         "fdl_bf16_moe_h64_i96__avx2",
         "fiddlerc",
         "measured",
+        "12.5 tokens/s decoding one sequence",
+        "0.25 s to the first token of a prompt of 128",
+        "torch eager",
+        "90 % of times are expected between 0.90 and 1.10",
+        "one expert a layer parted between the lanes",
+        "They are the most popular ones.",
+        "the least popular",
+        "0.90–1.10 ×",
     ):
         assert words in text.replace("\n", " "), words
+
+
+def test_two_regimes_are_both_told() -> None:
+    text = Page(report.render(inputs(sample_header(), slow=True))).text.replace("\n", " ")
+    assert "two regimes" in text
+    assert "8 tokens/s while memory is slow and 12.5 while it is fast" in text
+
+
+def test_figures_as_pictures() -> None:
+    names = {"latency", "residuals", "throughput", "placement", "decode-layer", "prefill-layer", "memory"}
+    pictures = report.plots(inputs(sample_header()))
+    assert set(pictures) == {f"{name}.png" for name in names}
+    assert all(data.startswith(b"\x89PNG") for data in pictures.values())
+    assert pictures == report.plots(inputs(sample_header()))
+
+
+@pytest.mark.parametrize("rows", [0, 96, 200])
+def test_a_timeline_ends_when_the_decision_says(rows: int) -> None:
+    """Lanes do one thing at a time, nothing starts before its copy is there, and the ends are the predicted ones."""
+    rng = np.random.default_rng(rows)
+    for _ in range(200):
+        tokens = np.arange(400)
+        latencies = Latencies(
+            (tokens * rng.uniform(1, 20)).astype(np.float32), (tokens * rng.uniform(0.1, 20)).astype(np.float32),
+            *rng.uniform(0, 50, 2), rng.uniform(1, 2000), rng.uniform(0, 1), rows,
+        )  # fmt: skip
+        experts = int(rng.integers(1, 14))
+        counts = rng.integers(0, 60, experts).astype(np.int32)
+        line = timeline(counts, rng.random(experts) < 0.3, latencies)
+        lanes = [[bar for bar in line.bars if bar.lane == lane] for lane in range(3)]
+        for bars in lanes:
+            assert all(a.end_us <= b.start_us + 1e-9 for a, b in pairwise(bars))
+        arrivals = {bar.label: bar.end_us for bar in lanes[0]}
+        assert all(bar.start_us >= arrivals[bar.label] - 1e-9 for bar in lanes[1] if bar.kind == "streamed")
+        ends = [max((bar.end_us for bar in bars), default=0.0) for bars in lanes]
+        assert ends[1] == pytest.approx(line.decision.accelerator_us)
+        assert ends[2] == pytest.approx(line.decision.cpu_us)
+        assert line.end_us == pytest.approx(max(ends))
 
 
 def test_what_nobody_measured_is_said_at_the_top() -> None:
@@ -133,7 +220,9 @@ def test_names_are_text_and_not_markup(text: str) -> None:
 
 def test_crossover() -> None:
     tokens = np.array([0, 1, 2, 4], np.int32)
-    model = LatencyModel(tokens, 10.0 * tokens, 1.0 * tokens, 0.0, 0.0, 25.0, 0.0, ())
+    model = LatencyModel(
+        tokens, 10.0 * tokens[None], np.ones(1), 1.0 * tokens, 0.0 * tokens, 0.0, 0.0, 0.0, 25.0, 0.0, ()
+    )
     assert crossover_tokens(model) == 4
     assert crossover_tokens(replace(model, stream_us=1e12)) is None
 

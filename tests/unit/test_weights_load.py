@@ -16,6 +16,7 @@ from fiddler_runtime import arena
 from fiddler_runtime.engine import Engine
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.plan import ModelSpec, Plan
+from fiddler_runtime.text import format_bytes
 from fiddler_runtime.weights import ExpertWeights
 
 SPEC = runtime_samples.small_spec()
@@ -149,7 +150,7 @@ def test_arena_memory_is_zeroed_aligned_and_counted():
     assert tensor.data_ptr() % 4096 == 0
     assert not tensor.any()
     assert 0 < arena.available_bytes() < 1 << 50
-    assert [arena.format_bytes(n) for n in (12, 1536, 3 << 30, 5 << 40)] == [
+    assert [format_bytes(n) for n in (12, 1536, 3 << 30, 5 << 40)] == [
         "12 bytes",
         "1.5 KiB",
         "3.0 GiB",
