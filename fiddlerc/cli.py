@@ -311,6 +311,11 @@ def inspect(plan: PlanPath, as_json: Json = False) -> None:
         f"{placed['resident_experts']} of {placed['total_experts']} experts, hit rate {placed['hit_rate']:.1%} "
         f"(random {placed['random_hit_rate']:.1%}); {placed['basis']}",
     )
+    for name, ratio in value["placement"]["relative_time"].items():
+        row("", f"{ratio:.3f} x the time of placement by popularity: {name}")
+    for feature in value["features"]:
+        gains = ", ".join(f"{feature[f'gain_{s}']:.1%} in {s}" for s in ("decode", "prefill", "beam"))
+        row("feature", f"{feature['name']} {'on' if feature['on'] else 'off'}: saves {gains}")
     streams = value["tables"]["decode_streams"]
     row("decode", ", ".join(f"{m} misses: stream {s}" for m, s in enumerate(streams) if m))
     for curve in value["latency"]:

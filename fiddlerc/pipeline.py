@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from fiddler_runtime import compat, makespan, strict
 from fiddler_runtime import plan as plan_format
@@ -28,15 +29,18 @@ from . import execution as execution
 from . import trace as tracing
 from .ir import (
     Calibration,
+    Feature,
     MemoryBudget,
     ModelSpec,
     Objective,
     Options,
+    Placement,
     PolicyResult,
     Prediction,
     Scenario,
     Steps,
     StepSample,
+    Tables,
     Trace,
 )
 
@@ -98,32 +102,23 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     dump("latency", fitted)
 
     options = _options(request, model, calibration)
-    budget = _budget(model, options, calibration)
-    dump("memory", {"options": options, "budget": budget})
-
     steps = tracing.sample_steps(trace, popularity, model, options)
     dump("steps", {scenario: len(part.tokens) for scenario, part in steps.items()})
 
-    basis = "uniform assumption" if trace is None else f"trace: {trace.source}"
-    placed = placement.place(
+    # Memory, placement, tables and features: each rests on the one before, and prefetching takes memory again.
+    decided = _decide(
         model,
+        options,
+        calibration.machine.accelerator.kind,
         placement.latencies(fitted),
-        None if trace is None else steps,
-        popularity,
-        budget,
-        request.objective,
-        basis,
-        progress=progress,
+        lambda placed, prefetch: placement.make_tables(model, fitted, placed, prefetch),
+        _Known(trace, popularity, steps, "uniform assumption" if trace is None else f"trace: {trace.source}"),
+        progress,
     )
+    budget, placed, tables, features = decided.budget, decided.placed, decided.tables, decided.features
+    dump("memory", {"options": options, "budget": budget})
     dump("placement", placed)
-
-    # Tables need the placement: what is worth fetching ahead is what is not resident.
-    prefetch = placement.make_prefetch(tracing.successors(trace, model), placed.resident)
-    tables = placement.make_tables(model, fitted, placed, prefetch)
     dump("tables", tables)
-
-    # What the runtime can do beyond placement and dispatch, where the simulation says that it pays.
-    features = simulate.features(model, tables, calibration.machine.accelerator.kind, steps, request.objective)
     dump("features", features)
 
     sources = codegen.generate(model.hidden_size, model.intermediate_size, request.isas)
@@ -283,25 +278,18 @@ def _sweep_point(
     header, tables = plan.header, plan.tables
     model, accelerator = header.model, header.hardware.machine.accelerator.kind
     options = dataclasses.replace(header.options, gpu_memory_bytes=memory)
+    known = _Known(trace, tables.popularity.astype(np.float64), steps, header.placement.basis)
+
+    def tables_of(placed: Placement, prefetch: npt.NDArray[np.int16]) -> Tables:
+        return dataclasses.replace(tables, resident=placed.resident.astype(np.uint8), prefetch=prefetch)
+
     try:
-        budget = placement.count_memory(model, options)
+        decided = _decide(model, options, accelerator, makespan.dense(tables), tables_of, known)
     except FiddlerError:  # what is not an expert does not fit
         return SweepPoint(memory, 0, None)
-    placed = placement.place(
-        model,
-        makespan.dense(tables),
-        None if trace is None else steps,
-        tables.popularity.astype(np.float64),
-        budget,
-        options.objective,
-        header.placement.basis,
-    )
-    prefetch = placement.make_prefetch(tracing.successors(trace, model), placed.resident)
-    tables = dataclasses.replace(tables, resident=placed.resident.astype(np.uint8), prefetch=prefetch)
-    features = simulate.features(model, tables, accelerator, steps, options.objective)
-    header = dataclasses.replace(header, options=options, features=features)
-    result = simulate.predict(header, tables, steps, workload, policies=simulate.POLICIES[:1]).results[0]
-    return SweepPoint(memory, budget.resident_experts, result)
+    header = dataclasses.replace(header, options=options, features=decided.features)
+    result = simulate.predict(header, decided.tables, steps, workload, policies=simulate.POLICIES[:1]).results[0]
+    return SweepPoint(memory, decided.budget.resident_experts, result)
 
 
 def calibrate(
@@ -472,10 +460,49 @@ def _options(request: CompileRequest, model: ModelSpec, calibration: Calibration
     return Options(request.objective, context, batch, memory)
 
 
-def _budget(model: ModelSpec, options: Options, calibration: Calibration) -> MemoryBudget:
-    if calibration.machine.accelerator.kind == "none":
-        return MemoryBudget(0, (), 0)
-    return placement.count_memory(model, options)
+@dataclass(frozen=True)
+class _Known:
+    """What is known of the text that the model will see; basis in words."""
+
+    trace: Trace | None
+    popularity: npt.NDArray[np.float64]
+    steps: dict[Scenario, Steps]
+    basis: str
+
+
+@dataclass(frozen=True)
+class _Decided:
+    budget: MemoryBudget
+    placed: Placement
+    tables: Tables
+    features: tuple[Feature, ...]
+
+
+def _decide(
+    model: ModelSpec,
+    options: Options,
+    accelerator: str,
+    latencies: makespan.Latencies,
+    tables_of: Callable[[Placement, npt.NDArray[np.int16]], Tables],
+    known: _Known,
+    progress: Progress | None = None,
+) -> _Decided:
+    """Which experts are resident, the tables that follow, and what pays beyond them; twice if prefetching does."""
+    successors = tracing.successors(known.trace, model)
+    steps = None if known.trace is None else known.steps
+    for prefetching in (False, True):
+        budget = MemoryBudget(0, (), 0)
+        if accelerator != "none":
+            budget = placement.count_memory(model, options, prefetching=prefetching)
+        placed = placement.place(
+            model, latencies, steps, known.popularity, budget, options.objective, known.basis, progress=progress
+        )
+        # What is worth fetching ahead is what is not resident.
+        tables = tables_of(placed, placement.make_prefetch(successors, placed.resident))
+        features = simulate.features(model, tables, accelerator, known.steps, options.objective)
+        if not any(feature.name == "prefetch" and feature.on for feature in features):
+            break
+    return _Decided(budget, placed, tables, features)
 
 
 def _assumptions(calibration: Calibration, trace: Trace | None, model: ModelSpec) -> tuple[str, ...]:

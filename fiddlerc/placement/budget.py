@@ -19,22 +19,24 @@ SLACK = 0.03
 allocator loses to blocks of 2 MiB. An assumption, to be replaced by a measurement on the GPU concerned."""
 
 
-def count_memory(spec: ModelSpec, options: Options) -> MemoryBudget:
+def count_memory(spec: ModelSpec, options: Options, *, prefetching: bool = False) -> MemoryBudget:
     """What everything but resident experts takes of options.gpu_memory_bytes, and how many experts fit in the rest.
 
-    Residents lie unpacked, spec.expert_bytes each. Raises FiddlerError, naming the smallest --gpu-memory that works, if
-    the other parts do not fit.
+    prefetching: the runtime keeps one more slot, for what it fetches ahead. Residents lie unpacked, spec.expert_bytes
+    each. Raises FiddlerError, naming the smallest --gpu-memory that works, if the other parts do not fit.
     """
     total = options.gpu_memory_bytes
     cached = options.context * options.batch
     alive = min(cached, PREFILL_TOKENS)
     packed = packed_bytes(spec.hidden_size, spec.intermediate_size)
-    fixed = (
+    fixed: tuple[MemoryItem, ...] = (
         MemoryItem("non-expert weights", spec.non_expert_bytes),
         MemoryItem(f"KV cache ({options.batch} x {options.context} tokens)", cached * spec.kv_bytes_per_token),
         MemoryItem(f"activations ({alive} tokens)", alive * spec.workspace_bytes_per_token),
         MemoryItem("staging of streamed experts", STAGING_SLOTS * spec.expert_bytes + packed),
     )
+    if prefetching:
+        fixed = (*fixed, MemoryItem("staging of prefetched experts", spec.expert_bytes))
     used = sum(item.bytes for item in fixed)
     slack = int(total * SLACK)
     if used + slack > total:

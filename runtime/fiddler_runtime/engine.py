@@ -76,12 +76,22 @@ class Engine:
         self.strategies = ("cpu",) if kind == "none" else permitted or rules.ALL
         resident = rules.placement(self.plan, self.strategies)
 
+        streaming = "streamed" in self.strategies and not resident.all()
+        on = {feature.name for feature in self.plan.header.features if feature.on} if streaming else set()
         self._library = open_library(self.plan, progress=progress)
         self._device = open_device(kind)
         try:
             self._kernels = self._library.open(isa, _cpu_threads(threads, self._device))
             try:
-                self._store = place(self.spec, resident, weights, self._kernels, self._device, progress=progress)
+                self._store = place(
+                    self.spec,
+                    resident,
+                    weights,
+                    self._kernels,
+                    self._device,
+                    prefetching="prefetch" in on,
+                    progress=progress,
+                )
             except BaseException:
                 self._kernels.close()
                 raise
@@ -90,8 +100,6 @@ class Engine:
             raise
         # The tables as they apply here: where the weights are decides, not where the plan would have put them.
         tables = dataclasses.replace(self.plan.tables, resident=resident.astype(np.uint8))
-        streaming = "streamed" in self.strategies and not resident.all()
-        on = {feature.name for feature in self.plan.header.features if feature.on} if streaming else set()
         self._features = tuple(sorted(on))
         rows = self.spec.intermediate_size if "split" in on and "cpu" in self.strategies else 0
         self._dispatcher = Dispatcher(self._library, tables, self.spec.num_experts, allow=self.strategies, rows=rows)

@@ -19,7 +19,8 @@ from .weights import ExpertWeights
 Progress = Callable[[str, int, int], None]
 Resident = tuple[torch.Tensor, torch.Tensor]
 STAGING_EXPERTS = 3
-"""Experts' worth of accelerator memory that streaming takes: two unpacked slots and one landing buffer."""
+"""Experts' worth of accelerator memory that streaming takes: two unpacked slots, one landing buffer.
+Prefetching takes one more."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def place(
     kernels: Kernels,
     device: Device,
     *,
+    prefetching: bool = False,
     progress: Progress | None = None,
 ) -> ExpertStore:
     """Reads every expert once and puts it where `resident` bool [layers, experts] says.
@@ -60,7 +62,7 @@ def place(
     """
     weights.check(spec)
     packed_bytes = kernels.library.packed_bytes
-    _require_memory(spec, int(resident.sum()), packed_bytes, device)
+    _require_memory(spec, int(resident.sum()), packed_bytes, device, STAGING_EXPERTS + prefetching)
     total, done = resident.size, 0
     residents: list[dict[int, Resident]] = []
     packed: list[dict[int, torch.Tensor]] = []
@@ -120,11 +122,11 @@ def _empty(spec: ModelSpec) -> Resident:
     )
 
 
-def _require_memory(spec: ModelSpec, residents: int, packed_bytes: int, device: Device) -> None:
+def _require_memory(spec: ModelSpec, residents: int, packed_bytes: int, device: Device, staging: int) -> None:
     total = len(spec.moe_layers) * spec.num_experts
     on_device = residents * spec.expert_bytes
     if device.kind != "none":
-        on_device += STAGING_EXPERTS * packed_bytes
+        on_device += staging * packed_bytes
     on_host = (total - residents) * packed_bytes + spec.expert_bytes
     free = device.free_bytes()
     if free is None:

@@ -66,6 +66,12 @@ def test_context_and_batch_cost_memory() -> None:
     assert count_memory(MIXTRAL, options(24 << 30, context=32768)).resident_experts < 55
 
 
+def test_prefetching_takes_one_more_slot() -> None:
+    without, ahead = (count_memory(MIXTRAL, options(24 << 30), prefetching=on) for on in (False, True))
+    assert {i.item: i.bytes for i in ahead.items}["staging of prefetched experts"] == MIXTRAL.expert_bytes
+    assert ahead.resident_experts == without.resident_experts - 1
+
+
 def test_no_more_residents_than_experts() -> None:
     assert count_memory(MODEL, options(1 << 40, 128)).resident_experts == 8
 
