@@ -25,6 +25,7 @@ from .lanes import (
     accelerator_peak_gflops,
     accelerator_read_gbps,
     after_a_pause,
+    beside,
     queue_entry,
 )
 from .regimes import Regimes, split_regimes
@@ -116,16 +117,22 @@ def measure(
                 session.watch(kernels)
                 session.kernels = kernels
                 cpu = CpuExpert(kernels, *shape, _copies(shape, rotated, machine))
-                tokens, measured = session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa)
-                session.kernels = None
-                samples += measured
                 if device.kind == "none":
+                    samples += session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa)[1]
+                    session.kernels = None
                     continue
-                samples += _contention(session, device, shape, cpu.timed, cache, tokens, kernels)
-                del cpu
                 gpu = AcceleratorExpert(device, *shape, _copies(shape, _rotated_there(device, rotated), machine))
-                samples += session.experts("gpu_expert", shape, gpu.timed, 1, "torch")[1]
-                del gpu
+                # A simulated accelerator reads the same memory as the CPU lane. When weights come from there each lane
+                # is measured while the other is at work, as in a layer that has work for both.
+                shared = device.kind == "simulated" and rotated > machine.l3_bytes
+                with beside(gpu.timed(1) if shared else None):
+                    tokens, measured = session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa)
+                    samples += measured
+                    samples += _contention(session, device, shape, cpu.timed, cache, tokens, kernels)
+                session.kernels = None
+                with beside(cpu.timed(1) if shared else None):
+                    samples += session.experts("gpu_expert", shape, gpu.timed, 1, "torch")[1]
+                del cpu, gpu
                 samples += _copy_samples(session, device, shape, rotated, copied)
     if session.disturbed:
         source += f"; other load disturbed {session.disturbed} of {session.points} points"

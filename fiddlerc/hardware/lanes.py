@@ -243,6 +243,29 @@ def after_a_pause(timed: Timed) -> Timed:
     return call
 
 
+@contextmanager
+def beside(timed: Timed | None) -> Iterator[None]:
+    """While something else is measured, does that again and again in a thread of its own; nothing if None."""
+    if timed is None:
+        yield
+        return
+    stop = threading.Event()
+
+    def work() -> None:
+        index = 0
+        while not stop.is_set():
+            timed(index)
+            index += 1
+
+    thread = threading.Thread(target=work, name="fiddler-other-lane", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 def settle(device: Device) -> None:
     """Waits for what the current queue was given. On the CPU everything has happened already."""
     if device.kind == "cuda":

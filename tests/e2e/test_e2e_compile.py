@@ -69,10 +69,13 @@ def test_dump_dir_holds_every_stage_in_order(tmp_path: Path) -> None:
         "02-hardware.json",
         "03-popularity.json",
         "04-latency.json",
-        "05-memory.json",
-        "06-placement.json",
-        "07-tables.json",
-        "08-kernels",
+        "05-steps.json",
+        "06-memory.json",
+        "07-placement.json",
+        "08-tables.json",
+        "09-features.json",
+        "10-kernels",
+        "11-prediction.json",
     ]
     assert json.loads((tmp_path / "dump" / "01-model.json").read_text())["num_experts"] == 8
 

@@ -151,7 +151,7 @@ def test_arena_memory_is_zeroed_aligned_and_counted():
     assert not tensor.any()
     assert 0 < arena.available_bytes() < 1 << 50
     assert [format_bytes(n) for n in (12, 1536, 3 << 30, 5 << 40)] == [
-        "12 bytes",
+        "12 B",
         "1.5 KiB",
         "3.0 GiB",
         "5.0 TiB",
