@@ -23,9 +23,8 @@ def main() -> None:
     parser.add_argument("--counts", type=Path, help="expert counts of Mixtral-8x7B, as `fiddlerc trace --counts` reads")
     arguments = parser.parse_args()
     demo = str(EXAMPLES / "tiny-mixtral")
-    print(
-        f"{'model':14} {'machine':14} {'residents':>9} {'objective':9} {'method':14} ours   blind   worst (1: popularity)"
-    )
+    print(f"{'model':14} {'machine':14} {'residents':>9} {'objective':9} {'method':14} ours   random worst")
+    print("expected time relative to placement by popularity")
     cases = [(demo, EXAMPLES / "tiny-mixtral-trace.safetensors", "epyc-zen5-2c")]
     if arguments.counts:
         cases += [("mixtral", arguments.counts, name) for name in ("fiddler-env1", "a100", "rtx4090", "h100")]

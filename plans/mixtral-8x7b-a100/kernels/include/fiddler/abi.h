@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FDL_ABI_VERSION 1
+#define FDL_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -29,7 +29,8 @@ enum fdl_strategy {
   FDL_IDLE = 0,     /* no token chose it */
   FDL_RESIDENT = 1, /* (a) its weights are on the accelerator */
   FDL_STREAMED = 2, /* (b) its weights are copied to the accelerator for this step */
-  FDL_CPU = 3       /* (c) its tokens are computed on the CPU */
+  FDL_CPU = 3,      /* (c) its tokens are computed on the CPU */
+  FDL_SPLIT = 4     /* its first intermediate rows as (b), the others as (c) */
 };
 
 typedef struct fdl_kernels fdl_kernels; /* one kernel variant and its thread pool */
@@ -44,13 +45,15 @@ typedef struct fdl_tables {
   float gpu_overhead_us; /* g0: entering the accelerator lanes once per layer */
   float stream_us;       /* w: copying one expert's weights */
   float contention;      /* gamma: relative slow-down of the CPU lane while copies run */
+  int32_t rows;          /* intermediate rows of an expert where one of a layer may be split; 0: none is */
 } fdl_tables;
 
 /* The CPU share of one MoE layer.
  * hidden        bf16 [tokens][hidden_size], rows hidden_stride elements apart
  * topk_ids      int64 [tokens][top_k], contiguous; ids outside [0, num_experts) are skipped
  * topk_weights  fp32 [tokens][top_k], contiguous
- * strategy      uint8 [num_experts]; experts marked FDL_CPU are computed. NULL: all are
+ * strategy      uint8 [num_experts]; experts marked FDL_CPU or FDL_SPLIT are computed. NULL: all are
+ * split_rows    of experts marked FDL_SPLIT, the first so many intermediate rows (a multiple of 64) are left out
  * experts       [num_experts] packed weights, 64-byte aligned; only those computed are read
  * out           fp32 [tokens][hidden_size], contiguous; every row is overwritten
  */
@@ -65,6 +68,7 @@ typedef struct fdl_moe_call {
   int64_t tokens;
   int32_t top_k;
   int32_t num_experts;
+  int32_t split_rows;
 } fdl_moe_call;
 
 /* What the library is. */
@@ -87,15 +91,16 @@ int32_t fdl_unpack(fdl_kernels*, const uint16_t* packed, uint16_t* gate, uint16_
 
 int32_t fdl_moe(fdl_kernels*, const fdl_moe_call*);
 
-/* Chooses a strategy for every expert of a layer: counts tokens per expert from topk_ids [count], then takes the number
- * of misses to stream that minimises the layer's makespan (docs/design.md, dispatch). Does not allocate or block.
+/* Chooses a strategy for every expert of a layer: counts tokens per expert from topk_ids [count], then which misses to
+ * stream so that the layer's makespan is least (docs/design.md, dispatch). Does not allocate or block.
  * resident   uint8 [num_experts], 1 if on the accelerator
  * counts     out, int32 [num_experts]
  * strategy   out, uint8 [num_experts]
+ * split      out, int32 {expert, rows}: the one marked FDL_SPLIT and how many of its rows are streamed, or {-1, 0}
  * lane_us    out, predicted {CPU lane, accelerator lane}
  */
 int32_t fdl_dispatch(const fdl_tables*, const int64_t* topk_ids, int64_t count, const uint8_t* resident,
-                     int32_t num_experts, int32_t* counts, uint8_t* strategy, float* lane_us);
+                     int32_t num_experts, int32_t* counts, uint8_t* strategy, int32_t* split, float* lane_us);
 
 /* Measured limits of this machine, with this context's threads. */
 int32_t fdl_probe_read(fdl_kernels*, const void* data, int64_t bytes, double* gbps);

@@ -117,10 +117,11 @@ class MoeLayer {
     int32_t rows;
     int64_t first_row;
     int64_t first_task[2];
+    int64_t first_block;  // of gate/up: those before are left to the accelerator
   };
 
-  // Blocks that one task takes of one expert, by phase.
   static constexpr int64_t kBlocks[2] = {kGateUpBlocks, kDownBlocks};
+  // Blocks that one task takes of one expert, by phase.
   static constexpr int64_t kGroups[2] = {
       std::min((kTaskBytes + kGateUpBlockLanes * 4 - 1) / (kGateUpBlockLanes * 4), kGateUpBlocks),
       std::min((kTaskBytes + kDownBlockLanes * 4 - 1) / (kDownBlockLanes * 4), kDownBlocks)};
@@ -128,7 +129,8 @@ class MoeLayer {
   static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
   bool wanted(const fdl_moe_call& call, int64_t id) const {
-    return id >= 0 && id < call.num_experts && (!call.strategy || call.strategy[id] == FDL_CPU);
+    return id >= 0 && id < call.num_experts &&
+           (!call.strategy || call.strategy[id] == FDL_CPU || call.strategy[id] == FDL_SPLIT);
   }
 
   // Counts the (token, choice) rows of each expert. False if one that is needed has no weights.
@@ -150,10 +152,13 @@ class MoeLayer {
     for (int32_t id = 0; id < call.num_experts; ++id) {
       if (counts_[id] == 0) continue;
       if (!call.experts[id]) return false;
-      experts_[active_++] = {id, counts_[id], rows_, {tasks[0], tasks[1]}};
+      const bool split = call.strategy && call.strategy[id] == FDL_SPLIT;
+      const int64_t first_block = split ? call.split_rows / kGateLanes : 0;
+      experts_[active_++] = {id, counts_[id], rows_, {tasks[0], tasks[1]}, first_block};
       rows_ += counts_[id];
-      for (int phase = 0; phase < 2; ++phase)
-        tasks[phase] += divide_up(kBlocks[phase], kGroups[phase]) * divide_up(counts_[id], kTokenChunk);
+      const int64_t chunks = divide_up(counts_[id], kTokenChunk);
+      tasks[0] += divide_up(kGateUpBlocks - first_block, kGroups[0]) * chunks;
+      tasks[1] += divide_up(kDownBlocks, kGroups[1]) * chunks;
     }
     for (int phase = 0; phase < 2; ++phase) computing_[phase].reset(tasks[phase]);
     return true;
@@ -218,6 +223,7 @@ class MoeLayer {
   struct Place {
     const uint32_t* packed;
     int64_t first_block, last_block, first_row, last_row;
+    int64_t first_pair;  // of the intermediate columns that are computed here
   };
 
   // Where a task of phase `index` is; `at` is an expert at or before its own, and becomes it.
@@ -230,7 +236,8 @@ class MoeLayer {
     const int64_t chunk = (task - expert.first_task[index]) % chunks;
     Place place;
     place.packed = reinterpret_cast<const uint32_t*>(call.experts[expert.id]);
-    place.first_block = group * kGroups[index];
+    place.first_block = (index == 0 ? expert.first_block : 0) + group * kGroups[index];
+    place.first_pair = expert.first_block * kGateLanes / 2;
     place.last_block = std::min(place.first_block + kGroups[index], kBlocks[index]);
     place.first_row = expert.first_row + expert.rows * chunk / chunks;
     place.last_row = expert.first_row + expert.rows * (chunk + 1) / chunks;
@@ -238,8 +245,9 @@ class MoeLayer {
   }
 
   static const uint32_t* weights_of(const Place& place, Phase which, int64_t block) {
-    return which == Phase::gate_up ? place.packed + block * kGateUpBlockLanes
-                                   : place.packed + kDownOffsetLanes + block * kDownBlockLanes;
+    return which == Phase::gate_up
+               ? place.packed + block * kGateUpBlockLanes
+               : place.packed + kDownOffsetLanes + block * kDownBlockLanes + place.first_pair * kLanes;
   }
 
   // Takes tasks of a phase until none is left. While many are left a thread claims its next one early, to fetch the weights;
@@ -275,6 +283,7 @@ class MoeLayer {
     task.weights = weights_of(place, which, block);
     task.next = next;
     if (which == Phase::gate_up) {
+      task.pairs = kHiddenPairs;
       task.activations = inputs_;
       task.activation_stride = input_stride_;
       task.rows = row_inputs_ + place.first_row;
@@ -284,7 +293,9 @@ class MoeLayer {
       task.intermediate_stride = middle_stride_;
       task.columns = std::min(kGateLanes, kIntermediate - block * kGateLanes);
     } else {
-      task.activations = middle_ + place.first_row * middle_stride_ * variant_.element_bytes;
+      task.pairs = kIntermediatePairs - place.first_pair;
+      task.activations =
+          middle_ + (place.first_row * middle_stride_ + 2 * place.first_pair) * variant_.element_bytes;
       task.activation_stride = middle_stride_;
       task.sums = results_ + place.first_row * result_stride_ + block * kLanes;
       task.sum_stride = result_stride_;

@@ -107,8 +107,9 @@ inline void tile(int64_t tokens, const typename Isa::Element* const* x, Block& b
 // best at that. Otherwise the depth is cut in blocks that stay in a cache while the tiles pass over them, and the next
 // block is fetched meanwhile: memory and multiply units work at the same time.
 template <class Isa, class Tile>
-inline void multiply(const fdl::Task& task, int64_t pairs) {
+inline void multiply(const fdl::Task& task) {
   using Element = typename Isa::Element;
+  const int64_t pairs = task.pairs;
   const int64_t tiles = (task.tokens + Tile::kTokens - 1) / Tile::kTokens;
   const int64_t least = task.tokens / tiles;
   const int64_t larger = task.tokens % tiles;  // so many tiles have one token more: no tile is nearly empty
@@ -140,8 +141,8 @@ inline void multiply(const fdl::Task& task, int64_t pairs) {
 template <class Isa, class Tile>
 inline void run(const fdl::Task& task) {
   using Element = typename Isa::Element;
-  if (task.phase == fdl::Phase::down) return multiply<Isa, Tile>(task, fdl::kIntermediatePairs);
-  multiply<Isa, Tile>(task, fdl::kHiddenPairs);
+  multiply<Isa, Tile>(task);
+  if (task.phase == fdl::Phase::down) return;
   constexpr int kWidth = Isa::kLanes < fdl::kGateLanes ? Isa::kLanes : fdl::kGateLanes;
   for (int64_t token = 0; token < task.tokens; ++token) {
     const float* gate = task.sums + token * task.sum_stride;

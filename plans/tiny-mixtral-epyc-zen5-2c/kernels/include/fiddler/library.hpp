@@ -75,6 +75,7 @@ int32_t parallel_for(Pool& pool, int64_t count, Work work) {
 inline bool valid(const fdl_moe_call& call) {
   constexpr int64_t kMost = int64_t{1} << 31;
   if (call.tokens < 0 || call.top_k < 1 || call.num_experts < 1 || call.tokens >= kMost / call.top_k) return false;
+  if (call.split_rows < 0 || call.split_rows >= kIntermediate || call.split_rows % kBlockRows != 0) return false;
   if (call.tokens == 0) return true;
   return call.hidden && call.topk_ids && call.topk_weights && call.experts && call.out &&
          (call.hidden_stride >= kHidden || call.tokens == 1);
@@ -154,11 +155,12 @@ int32_t fdl_moe(fdl_kernels* kernels, const fdl_moe_call* call) {
 }
 
 int32_t fdl_dispatch(const fdl_tables* tables, const int64_t* topk_ids, int64_t count, const uint8_t* resident,
-                     int32_t num_experts, int32_t* counts, uint8_t* strategy, float* lane_us) {
+                     int32_t num_experts, int32_t* counts, uint8_t* strategy, int32_t* split, float* lane_us) {
   if (!tables || !tables->cpu_us || !tables->gpu_us || tables->length < 1 || count < 0 || (count > 0 && !topk_ids) ||
-      !resident || !counts || !strategy || !lane_us || num_experts < 1 || num_experts > fdl::kMostExperts)
+      !resident || !counts || !strategy || !split || !lane_us || num_experts < 1 || num_experts > fdl::kMostExperts ||
+      tables->rows < 0)
     return FDL_E_ARGUMENT;
-  return fdl::dispatch(*tables, topk_ids, count, resident, num_experts, counts, strategy, lane_us);
+  return fdl::dispatch(*tables, topk_ids, count, resident, num_experts, counts, strategy, split, lane_us);
 }
 
 int32_t fdl_probe_read(fdl_kernels* kernels, const void* data, int64_t bytes, double* gbps) {

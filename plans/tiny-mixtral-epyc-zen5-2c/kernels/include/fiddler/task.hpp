@@ -16,6 +16,7 @@ enum class Phase : int32_t {
 struct Task {
   Phase phase;
   int64_t tokens;
+  int64_t pairs;             // depth: inputs of the block, in pairs
   const uint32_t* weights;   // the block: [pairs][64] lanes
   const uint32_t* next;      // the block that this thread works on next, worth fetching; or null
   const void* activations;   // [rows][stride] elements; an odd depth is followed by a zero
