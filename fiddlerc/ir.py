@@ -14,7 +14,10 @@ import numpy.typing as npt
 
 from fiddler_runtime.machine import Accelerator, Machine
 from fiddler_runtime.plan import (
+    ACTIVATIONS,
+    Activation,
     CurveSummary,
+    ExpertForm,
     ExpertTensors,
     Feature,
     KernelSpec,
@@ -29,9 +32,12 @@ from fiddler_runtime.plan import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "Accelerator",
+    "Activation",
     "Calibration",
     "CurveSummary",
+    "ExpertForm",
     "ExpertTensors",
     "Feature",
     "KernelSources",

@@ -29,6 +29,7 @@ from . import execution as execution
 from . import trace as tracing
 from .ir import (
     Calibration,
+    ExpertForm,
     Feature,
     MemoryBudget,
     ModelSpec,
@@ -121,7 +122,9 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     dump("tables", tables)
     dump("features", features)
 
-    sources = codegen.generate(model.hidden_size, model.intermediate_size, request.isas)
+    sources = codegen.generate(
+        model.hidden_size, model.intermediate_size, request.isas, activation=model.activation, bias=model.expert_bias
+    )
     dump.files("kernels", sources.files)
 
     # Built before the plan is published: a plan whose kernels do not compile must not exist.
@@ -308,16 +311,17 @@ def calibrate(
     over more than the last-level cache holds, whichever is less.
     """
     rotate: dict[tuple[int, int], int] = {}
+    forms = {shape: ExpertForm(*shape) for shape in (QUICK_SHAPES if quick else DEFAULT_SHAPES)} if not models else {}
     for model in models:
         spec = frontend.load_model(model)
         shape = (spec.hidden_size, spec.intermediate_size)
         total = len(spec.moe_layers) * spec.num_experts * spec.expert_bytes
         rotate[shape] = max(rotate.get(shape, 0), total)
-    shapes = tuple(rotate) or (QUICK_SHAPES if quick else DEFAULT_SHAPES)
+        forms[shape] = spec.expert  # latencies are kept by shape: activation and biases change them little
     libraries = {}
-    for hidden, intermediate in shapes:
-        sources = codegen.generate(hidden, intermediate)
-        libraries[hidden, intermediate] = KernelLibrary(_build(sources.files, progress), sources.spec)
+    for shape, form in forms.items():
+        sources = codegen.generate(*shape, activation=form.activation, bias=form.bias)
+        libraries[shape] = KernelLibrary(_build(sources.files, progress), sources.spec)
     calibration = hardware.measure(
         libraries,
         quick=quick,

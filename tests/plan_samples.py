@@ -50,6 +50,7 @@ def sample_model(**changes: Any) -> ModelSpec:
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         activation="silu",
+        expert_bias=False,
         vocab_size=128,
         max_context=256,
         expert_tensors=ExpertTensors(
@@ -92,6 +93,8 @@ def sample_header(**changes: Any) -> Header:
             name="sample",
             hidden_size=HIDDEN,
             intermediate_size=INTERMEDIATE,
+            activation="silu",
+            bias=False,
             variants=(
                 KernelVariant("avx512_bf16", "fdl_bf16_moe_h64_i96__avx512bf16", 4, 4, 1024),
                 KernelVariant("avx2", "fdl_bf16_moe_h64_i96__avx2", 2, 4, 512),

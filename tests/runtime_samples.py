@@ -40,6 +40,7 @@ def small_spec(**changes: object) -> ModelSpec:
         "hidden_size": 64,
         "intermediate_size": 96,
         "activation": "silu",
+        "expert_bias": False,
         "vocab_size": 128,
         "max_context": 256,
         "expert_tensors": ExpertTensors(
@@ -101,7 +102,9 @@ def write_sample_plan(
         relative_time={},
     )
     tables = placement.make_tables(spec, latency, ir.Placement(mask, uniform, summary), prefetch)
-    sources = codegen.generate(spec.hidden_size, spec.intermediate_size)
+    sources = codegen.generate(
+        spec.hidden_size, spec.intermediate_size, activation=spec.activation, bias=spec.expert_bias
+    )
     if accelerator == "cuda":
         gpu = Accelerator("cuda", "a made up GPU", 1 << 30, "1.0")
         machine = dataclasses.replace(this_machine("none"), accelerator=gpu)

@@ -1,6 +1,7 @@
 """Names of kernels: fdl_bf16_moe_h4096_i14336 is a library, fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16 a variant of it.
 
-The same name is the symbol, the file, and what plans, benchmarks and golden files call the kernel.
+An activation other than SwiGLU and biases follow the shape: fdl_bf16_moe_h2880_i2880_gptoss_bias. The same name is the
+symbol, the file, and what plans, benchmarks and golden files call the kernel.
 """
 
 from __future__ import annotations
@@ -10,37 +11,52 @@ import re
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import KNOWN_ISAS
 
-_SHAPE = r"fdl_bf16_moe_h([1-9]\d*)_i([1-9]\d*)"
-_NAME = re.compile(_SHAPE)
-_SYMBOL = re.compile(_SHAPE + r"_m([1-9]\d*)n([1-9]\d*)__([a-z0-9]+)")
+from ..ir import ACTIVATIONS, ExpertForm
+
+_PLAIN = "silu"
+# The longest first: gelu_tanh begins like gelu.
+_OTHERS = "|".join(sorted(set(ACTIVATIONS) - {_PLAIN}, key=len, reverse=True))
+_FORM = rf"fdl_bf16_moe_h([1-9]\d*)_i([1-9]\d*)(?:_({_OTHERS}))?(_bias)?"
+_NAME = re.compile(_FORM)
+_SYMBOL = re.compile(_FORM + r"_m([1-9]\d*)n([1-9]\d*)__([a-z0-9]+)")
 _ISA_OF_SUFFIX = {isa.replace("_", ""): isa for isa in KNOWN_ISAS}
 
 
-def format_name(hidden_size: int, intermediate_size: int) -> str:
+def format_name(expert: ExpertForm) -> str:
     """The library's name."""
-    return f"fdl_bf16_moe_h{hidden_size}_i{intermediate_size}"
+    activation = "" if expert.activation == _PLAIN else f"_{expert.activation}"
+    return f"fdl_bf16_moe_h{expert.hidden_size}_i{expert.intermediate_size}{activation}{'_bias' * expert.bias}"
 
 
-def parse_name(name: str) -> tuple[int, int]:
-    """(hidden_size, intermediate_size) of a library's name. Raises FiddlerError if it is not one."""
+def parse_name(name: str) -> ExpertForm:
+    """The experts that a library is for. Raises FiddlerError if it is no library's name."""
     found = _NAME.fullmatch(name)
     if found is None:
-        raise FiddlerError("not a kernel name", found=repr(name), expected="fdl_bf16_moe_h<hidden>_i<intermediate>")
-    return int(found[1]), int(found[2])
+        raise FiddlerError(
+            "not a kernel name",
+            found=repr(name),
+            expected="fdl_bf16_moe_h<hidden>_i<intermediate>[_<activation>][_bias]",
+        )
+    return _form(found)
 
 
-def format_symbol(hidden_size: int, intermediate_size: int, tile_tokens: int, tile_vectors: int, isa: str) -> str:
+def format_symbol(expert: ExpertForm, tile_tokens: int, tile_vectors: int, isa: str) -> str:
     """A variant's name: its tile is tile_tokens tokens by tile_vectors vectors of outputs."""
-    return f"{format_name(hidden_size, intermediate_size)}_m{tile_tokens}n{tile_vectors}__{isa.replace('_', '')}"
+    return f"{format_name(expert)}_m{tile_tokens}n{tile_vectors}__{isa.replace('_', '')}"
 
 
-def parse_symbol(symbol: str) -> tuple[int, int, int, int, str]:
-    """(hidden_size, intermediate_size, tile_tokens, tile_vectors, isa). Raises FiddlerError if it is no such name."""
+def parse_symbol(symbol: str) -> tuple[ExpertForm, int, int, str]:
+    """(experts, tile_tokens, tile_vectors, isa). Raises FiddlerError if it is no such name."""
     found = _SYMBOL.fullmatch(symbol)
-    if found is None or found[5] not in _ISA_OF_SUFFIX:
+    if found is None or found[7] not in _ISA_OF_SUFFIX:
         raise FiddlerError(
             "not a kernel symbol",
             found=repr(symbol),
-            expected="fdl_bf16_moe_h<hidden>_i<intermediate>_m<tokens>n<vectors>__<isa>",
+            expected="fdl_bf16_moe_h<hidden>_i<intermediate>[_<activation>][_bias]_m<tokens>n<vectors>__<isa>",
         )
-    return int(found[1]), int(found[2]), int(found[3]), int(found[4]), _ISA_OF_SUFFIX[found[5]]
+    return _form(found), int(found[5]), int(found[6]), _ISA_OF_SUFFIX[found[7]]
+
+
+def _form(found: re.Match[str]) -> ExpertForm:
+    activation = next(name for name in ACTIVATIONS if name == (found[3] or _PLAIN))
+    return ExpertForm(int(found[1]), int(found[2]), activation, bias=found[4] is not None)

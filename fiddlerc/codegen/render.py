@@ -1,4 +1,4 @@
-"""Renders the templates. The generated text is a function of the shape and the instruction sets, and nothing else."""
+"""Renders the templates. The text is a function of the experts' form and the instruction sets, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jinja2
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import KNOWN_ISAS
 
-from ..ir import KernelSources, KernelSpec, KernelVariant
+from ..ir import Activation, ExpertForm, KernelSources, KernelSpec, KernelVariant
 from .names import format_name, format_symbol
 from .targets import NEAR_BLOCK, TARGETS, Target
 
@@ -19,8 +19,15 @@ _LARGEST = 1 << 20
 _VERBATIM = ("exports.map",)
 
 
-def generate(hidden_size: int, intermediate_size: int, isas: Sequence[str] | None = None) -> KernelSources:
-    """The sources of the kernel library of one expert shape: C++, its headers, CMakeLists.txt.
+def generate(
+    hidden_size: int,
+    intermediate_size: int,
+    isas: Sequence[str] | None = None,
+    *,
+    activation: Activation = "silu",
+    bias: bool = False,
+) -> KernelSources:
+    """The sources of the kernel library of one form of experts: C++, its headers, CMakeLists.txt.
 
     isas  instruction sets to include, of KNOWN_ISAS; None is all of them. Only with "scalar" among them does the
           library run everywhere.
@@ -30,11 +37,14 @@ def generate(hidden_size: int, intermediate_size: int, isas: Sequence[str] | Non
         if not 1 <= size <= _LARGEST:
             raise FiddlerError(f"cannot generate kernels for this {what}", found=size, expected=f"1 to {_LARGEST}")
     targets = [TARGETS[isa] for isa in _wanted(isas)]
+    expert = ExpertForm(hidden_size, intermediate_size, activation, bias)
     spec = KernelSpec(
-        name=format_name(hidden_size, intermediate_size),
+        name=format_name(expert),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
-        variants=tuple(_variant(target, hidden_size, intermediate_size) for target in targets),
+        activation=activation,
+        bias=bias,
+        variants=tuple(_variant(target, expert) for target in targets),
     )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_templates()),
@@ -56,7 +66,7 @@ def generate(hidden_size: int, intermediate_size: int, isas: Sequence[str] | Non
     ]
     files = {
         "shape.hpp": environment.get_template("shape.hpp.j2").render(
-            hidden_size=hidden_size, intermediate_size=intermediate_size
+            hidden_size=hidden_size, intermediate_size=intermediate_size, activation=activation, bias=bias
         ),
         "library.cpp": environment.get_template("library.cpp.j2").render(
             name=spec.name, variants=variants, description=_description(spec)
@@ -102,10 +112,10 @@ def _wanted(isas: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(isa for isa in KNOWN_ISAS if isa in isas)
 
 
-def _variant(target: Target, hidden_size: int, intermediate_size: int) -> KernelVariant:
+def _variant(target: Target, expert: ExpertForm) -> KernelVariant:
     return KernelVariant(
         isa=target.isa,
-        symbol=format_symbol(hidden_size, intermediate_size, target.tile_tokens, target.tile_vectors, target.isa),
+        symbol=format_symbol(expert, target.tile_tokens, target.tile_vectors, target.isa),
         tile_tokens=target.tile_tokens,
         tile_vectors=target.tile_vectors,
         k_block=target.k_block,
@@ -119,6 +129,8 @@ def _description(spec: KernelSpec) -> str:
             "name": spec.name,
             "hidden_size": spec.hidden_size,
             "intermediate_size": spec.intermediate_size,
+            "activation": spec.activation,
+            "bias": spec.bias,
             "isas": [variant.isa for variant in spec.variants],
             "symbols": [variant.symbol for variant in spec.variants],
         }

@@ -51,6 +51,7 @@ def describe(values: Mapping[str, Any], *, name: str, where: str) -> tuple[Model
         hidden_size=sizes.hidden,
         intermediate_size=sizes.intermediate,
         activation="silu",
+        expert_bias=False,
         vocab_size=sizes.vocab,
         max_context=sizes.max_context,
         expert_tensors=row.expert_tensors,

@@ -116,12 +116,14 @@ def measure(
             with library.open(None, threads) as kernels:
                 session.watch(kernels)
                 session.kernels = kernels
-                cpu = CpuExpert(kernels, *shape, _copies(shape, rotated, machine))
+                cpu = CpuExpert(kernels, _copies(shape, rotated, machine))
                 if device.kind == "none":
                     samples += session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa)[1]
                     session.kernels = None
                     continue
-                gpu = AcceleratorExpert(device, *shape, _copies(shape, _rotated_there(device, rotated), machine))
+                gpu = AcceleratorExpert(
+                    device, library.spec.expert, _copies(shape, _rotated_there(device, rotated), machine)
+                )
                 # A simulated accelerator reads the same memory as the CPU lane. When weights come from there each lane
                 # is measured while the other is at work, as in a layer that has work for both.
                 shared = device.kind == "simulated" and rotated > machine.l3_bytes
@@ -243,7 +245,7 @@ def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, re
         read = regimes.fast_gbps, regimes.slow_gbps, regimes.slow_share
         peak = max(kernels.peak_gflops(4 * _PROBE_MS) for _ in range(probes))
         hidden = library.spec.hidden_size
-        cpu_entry = _median(after_a_pause(CpuExpert(kernels, hidden, library.spec.intermediate_size, 1).entry()))
+        cpu_entry = _median(after_a_pause(CpuExpert(kernels, 1).entry()))
     if device.kind == "none":
         return Limits(threads, *read, peak, 0.0, 0.0, 0.0, 0.0, cpu_entry, 0.0)
     if device.kind == "simulated":

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from fiddler_runtime.kernels import Kernels, empty_packed, make_pointers
-from fiddler_runtime.lanes.device import Device, run_expert, unpack_expert_into
+from fiddler_runtime.lanes.device import Device, UnpackedExpert, run_expert, unpack_expert_into
 from fiddler_runtime.lanes.routing import route
 from fiddler_runtime.makespan import RESIDENT
-from fiddler_runtime.plan import packed_bytes
+from fiddler_runtime.plan import ExpertForm
 
 from .sampling import Timed
 
@@ -39,10 +39,10 @@ def random_weights(nbytes: int) -> torch.Tensor:
 class CpuExpert:
     """One expert in the CPU lane: kernels.moe with a single expert that every token chose."""
 
-    def __init__(self, kernels: Kernels, hidden_size: int, intermediate_size: int, copies: int) -> None:
+    def __init__(self, kernels: Kernels, copies: int) -> None:
         self._kernels = kernels
-        self._hidden_size = hidden_size
-        nbytes = packed_bytes(hidden_size, intermediate_size)
+        self._hidden_size = kernels.library.spec.hidden_size
+        nbytes = kernels.library.packed_bytes
         self._weights = random_weights(copies * nbytes)
         start = self._weights.data_ptr()
         self._pointers = [make_pointers([start + index * nbytes]) for index in range(copies)]
@@ -83,18 +83,14 @@ class AcceleratorExpert:
     On a GPU each repetition runs `batch` experts and waits once, as a layer does.
     """
 
-    def __init__(self, device: Device, hidden_size: int, intermediate_size: int, copies: int) -> None:
+    def __init__(self, device: Device, form: ExpertForm, copies: int) -> None:
         self._device = device
-        self._hidden_size = hidden_size
+        self._hidden_size = form.hidden_size
         self._batch = 8 if device.kind == "cuda" else 1
-        rows, columns = 2 * intermediate_size, hidden_size
-
-        def split(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return flat[: rows * columns].view(rows, columns), flat[rows * columns :].view(columns, intermediate_size)
-
-        elements = 3 * intermediate_size * hidden_size
-        arena = random_weights(2 * copies * elements).to(device.torch_device)
-        self._weights = [split(flat) for flat in arena.view(copies, elements)]
+        self._experts = [UnpackedExpert.empty(form, device.torch_device) for _ in range(copies)]
+        for expert in self._experts:
+            for part in (*expert.matrices, *expert.biases):
+                part.view(-1).copy_(random_weights(part.nbytes))
 
     def timed(self, tokens: int) -> Timed:
         """One expert with that many tokens; microseconds without the lane's entry."""
@@ -108,8 +104,8 @@ class AcceleratorExpert:
             settle(self._device)
             started = time.perf_counter_ns()
             for step in range(self._batch):
-                gate_up, down = self._weights[(index * self._batch + step) % len(self._weights)]
-                run_expert(hidden, rows, scale, gate_up, down, out)
+                expert = self._experts[(index * self._batch + step) % len(self._experts)]
+                run_expert(hidden, rows, scale, expert, out)
             settle(self._device)
             return (time.perf_counter_ns() - started) / 1e3 / self._batch
 
@@ -135,16 +131,16 @@ class Copies:
     def expert(self, hidden_size: int, intermediate_size: int) -> Timed:
         """Copying one packed expert of that shape to the accelerator and unpacking it there; microseconds."""
         where = self._device.torch_device
-        elements = packed_bytes(hidden_size, intermediate_size) // 2
+        form = ExpertForm(hidden_size, intermediate_size)  # what else there may be to it hardly adds bytes
+        elements = form.packed_bytes // 2
         landing = torch.empty(elements, dtype=_BF16, device=where)
-        gate_up = torch.empty(2 * intermediate_size, hidden_size, dtype=_BF16, device=where)
-        down = torch.empty(hidden_size, intermediate_size, dtype=_BF16, device=where)
+        expert = UnpackedExpert.empty(form, where)
         places = max(1, self._source.numel() // elements)
 
         def copy(index: int) -> None:
             start = index % places * elements
             landing.copy_(self._source[start : start + elements], non_blocking=True)
-            unpack_expert_into(landing, gate_up, down)
+            unpack_expert_into(landing, expert)
 
         return self._timed(copy)
 

@@ -105,8 +105,7 @@ class Engine:
         self._dispatcher = Dispatcher(self._library, tables, self.spec.num_experts, allow=self.strategies, rows=rows)
         # What is worth fetching ahead was decided for the plan's own residents.
         self._ahead = Ahead(self.plan.tables.prefetch, self._store) if "prefetch" in on else None
-        shape = (self.spec.hidden_size, self.spec.intermediate_size)
-        lane = StreamedLane(self._device, *shape, prefetch="prefetch" in on) if streaming else None
+        lane = StreamedLane(self._device, self.spec.expert, prefetch="prefetch" in on) if streaming else None
         self._lanes = AcceleratorLanes(self._device, self._store, lane)
         self._drift = Drift(self.plan)
         self._description = self._describe()

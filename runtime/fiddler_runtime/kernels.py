@@ -63,6 +63,12 @@ class _MoeCall(ctypes.Structure):
     )
 
 
+class _Expert(ctypes.Structure):
+    """struct fdl_expert."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"))
+
+
 def make_pointers(experts: Sequence[int | None]) -> ctypes.Array[c_void_p]:
     """The pointer array that `Kernels.moe` takes: addresses (data_ptr()) of packed experts, None where none is held."""
     return (c_void_p * len(experts))(*experts)
@@ -182,15 +188,32 @@ class Kernels:
         self._hidden_size = library.spec.hidden_size
         self.isa: str = self._native.fdl_isa(handle).decode()
 
-    def pack(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, packed: torch.Tensor) -> None:
-        """Checkpoint order to packed: bf16 gate, up [I, H], down [H, I] to bf16 packed [packed_bytes / 2]."""
-        addresses = self._weights(gate, up, down, packed)
-        self.library.check(self._native.fdl_pack(self._open(), *addresses), "pack an expert")
+    def pack(
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        packed: torch.Tensor,
+        biases: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """Row-major to packed: bf16 gate, up [I, H], down [H, I] to bf16 packed [packed_bytes / 2].
 
-    def unpack(self, packed: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+        biases  bf16 of gate [I], up [I] and down [H] where the kernels are for experts with biases, else none
+        """
+        expert = self._weights(gate, up, down, packed, biases)
+        self.library.check(self._native.fdl_pack(self._open(), byref(expert), packed.data_ptr()), "pack an expert")
+
+    def unpack(
+        self,
+        packed: torch.Tensor,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        biases: Sequence[torch.Tensor] = (),
+    ) -> None:
         """The reverse of `pack`, exactly."""
-        a_gate, a_up, a_down, a_packed = self._weights(gate, up, down, packed)
-        self.library.check(self._native.fdl_unpack(self._open(), a_packed, a_gate, a_up, a_down), "unpack an expert")
+        expert = self._weights(gate, up, down, packed, biases)
+        self.library.check(self._native.fdl_unpack(self._open(), packed.data_ptr(), byref(expert)), "unpack an expert")
 
     def moe(
         self,
@@ -296,21 +319,32 @@ class Kernels:
         return self._handle
 
     def _weights(
-        self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, packed: torch.Tensor
-    ) -> tuple[int, int, int, int]:
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        packed: torch.Tensor,
+        biases: Sequence[torch.Tensor],
+    ) -> _Expert:
         spec = self.library.spec
         wide = (spec.intermediate_size, spec.hidden_size)
         _expect_bf16("gate weights", gate, wide)
         _expect_bf16("up weights", up, wide)
         _expect_bf16("down weights", down, (spec.hidden_size, spec.intermediate_size))
         _expect_bf16("packed expert", packed, (self.library.packed_bytes // 2,))
+        if len(biases) != 3 * spec.bias:
+            raise FiddlerError(
+                f"wrong biases for {spec.name}", found=len(biases), expected="three" if spec.bias else "none"
+            )
+        for bias, matrix in zip(biases, (gate, up, down), strict=False):
+            _expect_bf16("bias", bias, matrix.shape[:1])
         if packed.data_ptr() % _ALIGNMENT != 0:
             raise FiddlerError(
                 "wrong packed expert",
                 found=f"an address {packed.data_ptr() % _ALIGNMENT} bytes past a multiple of {_ALIGNMENT}",
                 expected=f"{_ALIGNMENT}-byte alignment (fiddler_runtime.kernels.empty_packed)",
             )
-        return gate.data_ptr(), up.data_ptr(), down.data_ptr(), packed.data_ptr()
+        return _Expert(*(part.data_ptr() for part in (gate, up, down, *biases)))
 
     def _explain(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
         """Raises the FiddlerError of the first tensor of `moe` that is wrong."""
@@ -374,8 +408,8 @@ def _declare(native: Any) -> None:
         "fdl_open": (c_int32, (c_char_p, c_int32, POINTER(c_int32), POINTER(c_void_p))),
         "fdl_close": (None, (c_void_p,)),
         "fdl_isa": (c_char_p, (c_void_p,)),
-        "fdl_pack": (c_int32, (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
-        "fdl_unpack": (c_int32, (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
+        "fdl_pack": (c_int32, (c_void_p, POINTER(_Expert), c_void_p)),
+        "fdl_unpack": (c_int32, (c_void_p, c_void_p, POINTER(_Expert))),
         "fdl_moe": (c_int32, (c_void_p, POINTER(_MoeCall))),
         "fdl_dispatch": (
             c_int32,

@@ -12,12 +12,11 @@ import torch
 
 from . import arena
 from .kernels import Kernels, make_pointers
-from .lanes.device import Device
+from .lanes.device import Device, UnpackedExpert
 from .plan import ModelSpec
 from .weights import ExpertWeights
 
 Progress = Callable[[str, int, int], None]
-Resident = tuple[torch.Tensor, torch.Tensor]
 STAGING_EXPERTS = 3
 """Experts' worth of accelerator memory that streaming takes: two unpacked slots, one landing buffer.
 Prefetching takes one more."""
@@ -27,12 +26,12 @@ Prefetching takes one more."""
 class ExpertStore:
     """The experts of a model, placed. Rows are positions in spec.moe_layers.
 
-    resident  per row: expert -> (gate_up [2I, H], down [H, I]) on the accelerator
+    resident  per row: the experts on the accelerator
     packed    per row: expert -> bf16 [packed_bytes / 2] in host memory, 64-byte aligned
     pointers  per row: the packed experts' addresses by expert, null where there is none
     """
 
-    resident: tuple[dict[int, Resident], ...]
+    resident: tuple[dict[int, UnpackedExpert], ...]
     packed: tuple[dict[int, torch.Tensor], ...]
     pointers: tuple[ctypes.Array[ctypes.c_void_p], ...]
     resident_bytes: int
@@ -64,12 +63,12 @@ def place(
     packed_bytes = kernels.library.packed_bytes
     _require_memory(spec, int(resident.sum()), packed_bytes, device, STAGING_EXPERTS + prefetching)
     total, done = resident.size, 0
-    residents: list[dict[int, Resident]] = []
+    residents: list[dict[int, UnpackedExpert]] = []
     packed: list[dict[int, torch.Tensor]] = []
     undo: list[Callable[[], None]] = []
-    staging: Resident | None = None
+    staging: UnpackedExpert | None = None
     for row, layer in enumerate(spec.moe_layers):
-        on_device: dict[int, Resident] = {}
+        on_device: dict[int, UnpackedExpert] = {}
         on_host: dict[int, torch.Tensor] = {}
         missing = [e for e in range(spec.num_experts) if not resident[row, e]]
         if missing:
@@ -80,18 +79,15 @@ def place(
                 progress("loading experts", done, total)
             direct = expert not in on_host and device.torch_device.type == "cpu"
             if direct or staging is None:
-                matrices = _empty(spec)
-                staging = staging if direct else matrices
+                read = UnpackedExpert.empty(spec.expert)
+                staging = staging if direct else read
             else:
-                matrices = staging
-            gate, up = matrices[0].chunk(2)
-            weights.read(layer, expert, gate, up, matrices[1])
+                read = staging
+            weights.read(layer, expert, *read.matrices, read.biases)
             if expert in on_host:
-                kernels.pack(gate, up, matrices[1], on_host[expert])
-            elif direct:
-                on_device[expert] = matrices
+                kernels.pack(*read.matrices, on_host[expert], read.biases)
             else:
-                on_device[expert] = (matrices[0].to(device.torch_device), matrices[1].to(device.torch_device))
+                on_device[expert] = read if direct else read.to(device.torch_device)
             done += 1
         if missing:
             # After packing: pinning touches every page, and would bring them in before the kernels' threads do.
@@ -111,14 +107,6 @@ def place(
         resident_bytes=int(resident.sum()) * spec.expert_bytes,
         arena_bytes=(total - int(resident.sum())) * packed_bytes,
         unpin=tuple(undo),
-    )
-
-
-def _empty(spec: ModelSpec) -> Resident:
-    """Room for one expert, row-major, on the host."""
-    return (
-        torch.empty((2 * spec.intermediate_size, spec.hidden_size), dtype=torch.bfloat16),
-        torch.empty((spec.hidden_size, spec.intermediate_size), dtype=torch.bfloat16),
     )
 
 

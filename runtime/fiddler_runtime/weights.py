@@ -6,7 +6,7 @@ A source is asked for one expert at a time and keeps none of them: where they li
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +14,6 @@ import torch
 from .checkpoint import Checkpoint, check_identity
 from .errors import FiddlerError
 from .plan import ModelSpec
-
-Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class ExpertWeights(ABC):
@@ -35,8 +33,11 @@ class ExpertWeights(ABC):
         return RandomWeights(seed)
 
     @staticmethod
-    def from_tensors(experts: Mapping[tuple[int, int], Matrices]) -> ExpertWeights:
-        """(decoder layer, expert) -> (gate [I, H], up [I, H], down [H, I]), of any floating dtype on the CPU."""
+    def from_tensors(experts: Mapping[tuple[int, int], Sequence[torch.Tensor]]) -> ExpertWeights:
+        """(decoder layer, expert) -> (gate [I, H], up [I, H], down [H, I]), of any floating dtype on the CPU.
+
+        Where experts have biases, gate [I], up [I] and down [H] follow.
+        """
         return TensorWeights(experts)
 
     @abstractmethod
@@ -44,8 +45,19 @@ class ExpertWeights(ABC):
         """Raises FiddlerError unless this source has every expert of that model, in the right shapes."""
 
     @abstractmethod
-    def read(self, layer: int, expert: int, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
-        """Fills gate [I, H], up [I, H] and down [H, I] (bf16, contiguous, CPU) of one expert of a decoder layer."""
+    def read(
+        self,
+        layer: int,
+        expert: int,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        biases: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """Fills gate [I, H], up [I, H] and down [H, I] (bf16, contiguous, CPU) of one expert of a decoder layer.
+
+        biases  where the model's experts have some, also of gate [I], up [I] and down [H]
+        """
 
 
 class CheckpointWeights(ExpertWeights):
@@ -64,7 +76,15 @@ class CheckpointWeights(ExpertWeights):
         names = spec.expert_tensors
         self._names = (names.gate, names.up, names.down)
 
-    def read(self, layer: int, expert: int, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+    def read(
+        self,
+        layer: int,
+        expert: int,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        biases: Sequence[torch.Tensor] = (),
+    ) -> None:
         for pattern, out in zip(self._names, (gate, up, down), strict=True):
             name = pattern.format(layer=layer, expert=expert)
             dtype = self._checkpoint.tensors[name].torch_dtype
@@ -87,20 +107,33 @@ class RandomWeights(ExpertWeights):
     def check(self, spec: ModelSpec) -> None:
         """Nothing can be missing."""
 
-    def read(self, layer: int, expert: int, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+    def read(
+        self,
+        layer: int,
+        expert: int,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        biases: Sequence[torch.Tensor] = (),
+    ) -> None:
         generator = torch.Generator().manual_seed((self._seed << 32) + (layer << 16) + expert)
         for out in (gate, up, down):
             out.normal_(0.0, float(out.shape[1]) ** -0.5, generator=generator)
+        for out in biases:
+            out.normal_(0.0, 1.0, generator=generator)
 
 
 class TensorWeights(ExpertWeights):
     """Experts that the caller already holds."""
 
-    def __init__(self, experts: Mapping[tuple[int, int], Matrices]) -> None:
+    def __init__(self, experts: Mapping[tuple[int, int], Sequence[torch.Tensor]]) -> None:
         self._experts = experts
 
     def check(self, spec: ModelSpec) -> None:
-        wide = (spec.intermediate_size, spec.hidden_size)
+        rows, width = spec.intermediate_size, spec.hidden_size
+        wanted = [[rows, width], [rows, width], [width, rows]]
+        if spec.expert_bias:
+            wanted += [[rows], [rows], [width]]
         for layer in spec.moe_layers:
             for expert in range(spec.num_experts):
                 matrices = self._experts.get((layer, expert))
@@ -111,13 +144,22 @@ class TensorWeights(ExpertWeights):
                         expected=f"{spec.num_experts} experts for each of the layers {list(spec.moe_layers)}",
                     )
                 found = [list(m.shape) for m in matrices]
-                if found != [list(wide), list(wide), list(wide[::-1])]:
+                if found != wanted:
+                    biases = f", their biases {wanted[3:]}" if spec.expert_bias else ""
                     raise FiddlerError(
                         f"wrong shapes for layer {layer}, expert {expert}",
                         found=found,
-                        expected=f"gate and up {list(wide)}, down {list(wide[::-1])}",
+                        expected=f"gate and up {wanted[0]}, down {wanted[2]}{biases}",
                     )
 
-    def read(self, layer: int, expert: int, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
-        for out, matrix in zip((gate, up, down), self._experts[layer, expert], strict=True):
+    def read(
+        self,
+        layer: int,
+        expert: int,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        biases: Sequence[torch.Tensor] = (),
+    ) -> None:
+        for out, matrix in zip((gate, up, down, *biases), self._experts[layer, expert], strict=True):
             out.copy_(matrix.detach())

@@ -131,13 +131,13 @@ def test_not_a_plan(tmp_path: Path) -> None:
         (b"{}", "format"),
         (b"\xff\xfe", "JSON"),
         (b"[" * 100_000, "JSON"),
-        (b'{"format_major": 2, "format_minor": 0, "format_minor": 0}', "twice"),
-        (b'{"format_major": 2, "format_minor": NaN}', "finite"),
+        (b'{"format_major": 3, "format_minor": 0, "format_minor": 0}', "twice"),
+        (b'{"format_major": 3, "format_minor": NaN}', "finite"),
         (b'{"format_major": ' + b"9" * 5000 + b"}", "JSON"),
         (b'{"format_major": true, "format_minor": 0}', "format"),
         (b'{"format_major": -1, "format_minor": 0}', "format"),
-        (b'{"format_major": 2, "format_minor": 0, "surprise": 1}', "unknown key"),
-        (b'{"format_major": 2, "format_minor": 0}', "missing key"),
+        (b'{"format_major": 3, "format_minor": 0, "surprise": 1}', "unknown key"),
+        (b'{"format_major": 3, "format_minor": 0}', "missing key"),
     ],
 )
 def test_plan_json_of_another_kind(plan: Path, text: bytes, words: str) -> None:
@@ -151,11 +151,11 @@ def test_plan_json_of_a_huge_size_is_not_read(plan: Path) -> None:
     refused(plan, "too large")
 
 
-@pytest.mark.parametrize(("major", "minor"), [(3, 0), (2, 1), (999, 7)])
+@pytest.mark.parametrize(("major", "minor"), [(4, 0), (3, 1), (999, 7)])
 def test_a_newer_format_is_named_even_where_it_cannot_be_read(plan: Path, major: int, minor: int) -> None:
     text = json.dumps({"format_major": major, "format_minor": minor, "unheard": ["of"]})
     (plan / "plan.json").write_text(text)
-    error = refused(plan, "newer format", f"plan format {major}.{minor}", "2.0")
+    error = refused(plan, "newer format", f"plan format {major}.{minor}", "3.0")
     assert error.hint == "pip install --upgrade fiddlerc"
     assert peek_version(plan) == (major, minor)
 
@@ -167,7 +167,7 @@ def test_an_older_format_asks_for_another_compile(plan: Path) -> None:
 
 def test_another_abi(plan: Path) -> None:
     reseal(plan, lambda value: value.update(abi=7))
-    refused(plan, "ABI 7", "ABI 2")
+    refused(plan, "ABI 7", "ABI 3")
 
 
 def test_reformatted_json_is_refused(plan: Path) -> None:
@@ -279,7 +279,7 @@ HEADERS: list[tuple[str, object, str]] = [
     ("model.hidden_size", 64.0, "an integer"),
     ("model.hidden_size", True, "an integer"),
     ("model.intermediate_size", 0, "intermediate_size"),
-    ("model.activation", "gelu", "silu"),
+    ("model.activation", "relu", "silu"),
     ("model.moe_layers", [], "moe_layers"),
     ("model.moe_layers", [2, 1], "increasing"),
     ("model.moe_layers", [1, 1], "increasing"),

@@ -41,7 +41,7 @@ def little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def spec(hidden: int, intermediate: int) -> ModelSpec:
     names = ExpertTensors("g", "u", "d")
-    return ModelSpec("m", "A", 1, (0,), 8, 2, hidden, intermediate, "silu", 10, 10, names, {}, 1, 1, 1)
+    return ModelSpec("m", "A", 1, (0,), 8, 2, hidden, intermediate, "silu", False, 10, 10, names, {}, 1, 1, 1)
 
 
 def test_a_calibration_has_every_quantity_and_makes_a_latency_model(library: KernelLibrary, tmp_path: Path) -> None:

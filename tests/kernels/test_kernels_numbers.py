@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernel_samples import ISAS, SHAPES, Expert, library, one_expert, open_isa, random_expert, run_moe
+from kernel_samples import ISAS, SHAPES, Expert, library, one_expert, open_isa, random_expert, reference, run_moe
 
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import Kernels
@@ -20,31 +20,6 @@ def token_counts(kernels: Kernels) -> tuple[int, ...]:
     variant = next(v for v in kernels.library.spec.variants if v.isa == kernels.isa)
     tile = variant.tile_tokens
     return tuple(sorted({0, 1, tile - 1, tile, tile + 1, 2 * tile + 1, 33, 300}))
-
-
-def reference(expert: Expert, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64 result with the intermediate rounded to bf16, and how far a correct kernel may be from it.
-
-    A sum of n fp32 terms is within n * 2^-24 * sum(|terms|). That error may push an intermediate over a rounding
-    boundary of bf16, so each may be any bf16 between the roundings of its ends. VDPBF16PS flushes denormals: 2^-126 a
-    term.
-    """
-    x, gate, up, down = (t.double() for t in (hidden, expert.gate, expert.up, expert.down))
-    unit, tiny = 2.0**-24, 2.0**-126
-    width, depth = expert.gate.shape[1], expert.gate.shape[0]
-    g, u = x @ gate.T, x @ up.T
-    g_error = width * (unit * (x.abs() @ gate.abs().T) + tiny)
-    u_error = width * (unit * (x.abs() @ up.abs().T) + tiny)
-    silu = torch.nn.functional.silu(g)
-    h = silu * u
-    # |silu'| <= 1.1; exponential, division and product of silu(g) * u round to 8 units together.
-    error = 1.1 * g_error * (u.abs() + u_error) + silu.abs() * u_error + 8 * unit * h.abs()
-    rounded = h.bfloat16().double()
-    h_error = torch.maximum(
-        ((h + error).bfloat16().double() - rounded).abs(), ((h - error).bfloat16().double() - rounded).abs()
-    )
-    bound = h_error @ down.abs().T + depth * (unit * ((rounded.abs() + h_error) @ down.abs().T) + tiny)
-    return rounded @ down.T, bound
 
 
 def integers(shape: tuple[int, int], tokens: int, generator: torch.Generator) -> tuple[Expert, torch.Tensor]:

@@ -36,7 +36,7 @@ def calibrations(draw: st.DrawFn) -> Calibration:
 
 def spec() -> ModelSpec:
     names = ExpertTensors("g", "u", "d")
-    return ModelSpec("m", "A", 1, (0,), 8, 2, 128, 256, "silu", 10, 10, names, {}, 1, 1, 1)
+    return ModelSpec("m", "A", 1, (0,), 8, 2, 128, 256, "silu", False, 10, 10, names, {}, 1, 1, 1)
 
 
 @pytest.mark.slow

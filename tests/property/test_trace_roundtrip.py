@@ -32,6 +32,7 @@ def traces(draw: st.DrawFn) -> tuple[ModelSpec, Trace]:
         hidden_size=8,
         intermediate_size=8,
         activation="silu",
+        expert_bias=False,
         vocab_size=8,
         max_context=64,
         expert_tensors=ExpertTensors("g", "u", "d"),

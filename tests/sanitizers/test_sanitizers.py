@@ -19,7 +19,7 @@ SHAPE = (72, 200)  # tails in both sizes, more than one block, and small enough 
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_nothing_is_found(sanitizer: str, tmp_path: Path) -> None:
-    sources = generate(*SHAPE)
+    sources = generate(*SHAPE, activation="gptoss", bias=True)  # everything that experts may have
     kernels = write_sources(sources, tmp_path / "kernels")
     flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1"]
     build = tmp_path / "build"

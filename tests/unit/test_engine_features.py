@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernel_samples import ISAS, open_isa, random_expert
+from kernel_samples import ISAS, activated, open_isa, random_expert
 from plan_samples import sample_header, sample_tables
 from runtime_samples import every_third, small_spec, write_sample_plan
 
@@ -20,7 +20,7 @@ from fiddler_runtime.errors import FiddlerWarning
 from fiddler_runtime.kernels import empty_packed
 from fiddler_runtime.lanes.expert import unpack_expert
 from fiddler_runtime.lanes.streamed import copy_first_rows
-from fiddler_runtime.plan import Feature, Plan
+from fiddler_runtime.plan import ExpertForm, Feature, ModelSpec, Plan
 from fiddler_runtime.weights import ExpertWeights
 
 # Tails everywhere: an odd hidden size, 3 blocks of 64 rows and 8 more.
@@ -43,27 +43,37 @@ def run(plan: Plan, experts, steps: list[tuple[torch.Tensor, torch.Tensor, torch
         return outputs, engine.counters()
 
 
-def steps(tokens: tuple[int, ...], seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def steps(
+    tokens: tuple[int, ...], seed: int = 0, spec: ModelSpec = SPEC
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     made = []
     for count in tokens:
-        scores = torch.rand(count, SPEC.num_experts, generator=generator) + torch.linspace(0, 1, SPEC.num_experts)
-        weights, ids = scores.topk(SPEC.top_k)
-        made.append((torch.randn(count, SPEC.hidden_size, generator=generator).bfloat16(), ids, weights))
+        scores = torch.rand(count, spec.num_experts, generator=generator) + torch.linspace(0, 1, spec.num_experts)
+        weights, ids = scores.topk(spec.top_k)
+        made.append((torch.randn(count, spec.hidden_size, generator=generator).bfloat16(), ids, weights))
     return made
 
 
 @pytest.mark.parametrize("rows", [64, 128, 192])
-@pytest.mark.parametrize("shape", [(71, 200), (64, 256), (130, 300)])
-def test_the_first_rows_of_a_packed_expert_are_a_packed_expert(shape: tuple[int, int], rows: int) -> None:
-    expert = random_expert(shape, torch.Generator().manual_seed(2))
-    with open_isa(shape, ISAS[-1]) as kernels:
+@pytest.mark.parametrize(
+    ("shape", "bias"), [((71, 200), False), ((64, 256), False), ((130, 300), False), ((129, 200), True)]
+)
+def test_the_first_rows_of_a_packed_expert_are_a_packed_expert(shape: tuple[int, int], bias: bool, rows: int) -> None:
+    expert = random_expert(shape, torch.Generator().manual_seed(2), bias)
+    with open_isa(shape, ISAS[-1], bias=bias) as kernels:
         packed = expert.packed(kernels)
     landing = empty_packed(packed.nbytes)
     landing.fill_(float("nan"))
-    gate_up, down = unpack_expert(copy_first_rows(packed, landing, *shape, rows), shape[0], rows)
-    assert torch.equal(gate_up, torch.cat([expert.gate[:rows], expert.up[:rows]]))
-    assert torch.equal(down, expert.down[:, :rows])
+    part = copy_first_rows(packed, landing, ExpertForm(*shape, bias=bias), rows)
+    found = unpack_expert(part, ExpertForm(shape[0], rows, bias=bias))
+    assert torch.equal(found.gate_up, torch.cat([expert.gate[:rows], expert.up[:rows]]))
+    assert torch.equal(found.down, expert.down[:, :rows])
+    if bias:
+        gate, up, down = found.biases
+        assert torch.equal(gate, expert.biases[0][:rows])
+        assert torch.equal(up, expert.biases[1][:rows])
+        assert not down.any(), "who computes the other rows adds them"
 
 
 def test_a_split_expert_gives_what_a_whole_one_gives(tmp_path: Path, experts) -> None:  # type: ignore[no-untyped-def]
@@ -75,6 +85,33 @@ def test_a_split_expert_gives_what_a_whole_one_gives(tmp_path: Path, experts) ->
     for a, b in zip(whole, split, strict=True):
         # Sums over intermediate rows are parted, each part is rounded to bf16 on the accelerator.
         assert torch.allclose(a.float(), b.float(), rtol=2.0**-5, atol=2.0**-5)
+
+
+def test_a_split_expert_with_biases_adds_each_once(tmp_path: Path) -> None:
+    """gpt-oss's form of experts on every lane and in two halves, against float64."""
+    spec = replace(SPEC, hidden_size=129, activation="gptoss", expert_bias=True)
+    generator = torch.Generator().manual_seed(1)
+    keys = [(layer, e) for layer in spec.moe_layers for e in range(spec.num_experts)]
+    made = {key: random_expert((129, 200), generator, bias=True) for key in keys}
+    experts = {key: (e.gate, e.up, e.down, *e.biases) for key, e in made.items()}
+    plan = write_sample_plan(tmp_path / "plan", spec, features=(SPLIT,))
+    for strategies in (None, ("cpu",), ("resident",), ("streamed",)):
+        with Engine(plan, ExpertWeights.from_tensors(experts), strategies=strategies) as engine:
+            for hidden, ids, weights in steps((1, 30, 60, 90, 200), spec=spec):
+                out = engine.moe(0, hidden, ids, weights).double()
+                expected, size = torch.zeros_like(out), torch.zeros_like(out)
+                for e in range(spec.num_experts):
+                    share = (weights * (ids == e)).sum(1, keepdim=True).double()
+                    gate, up, down, gate_bias, up_bias, down_bias = (part.double() for part in experts[0, e])
+                    g, u = hidden.double() @ gate.T + gate_bias, hidden.double() @ up.T + up_bias
+                    expected += share * (activated("gptoss", g, u) @ down.T + down_bias)
+                    size += share * (activated("gptoss", g, u.abs()).abs() @ down.abs().T + down_bias.abs())
+                # Roundings to bf16, 2^-9 each: gate, up, 1.702 gate, sigmoid, up + 1, two products, an expert's result
+                # and the sum's. At most 0.12 of that was seen.
+                assert ((out - expected).abs() <= 9 * 2.0**-9 * size).all()
+            calls = engine.counters()["expert_calls"]
+            ran = {name for name, count in calls.items() if count}
+            assert ran == {*engine.strategies, *(("split",) if strategies is None else ())}
 
 
 def test_a_plan_without_the_cpu_lane_splits_nothing(tmp_path: Path, experts) -> None:  # type: ignore[no-untyped-def]

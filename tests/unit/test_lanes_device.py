@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fiddler_runtime.errors import FiddlerError
-from fiddler_runtime.lanes.device import Device, open_device, run_expert, unpack_expert
+from fiddler_runtime.lanes.device import Device, UnpackedExpert, open_device, run_expert, unpack_expert
 from fiddler_runtime.lanes.worker import Worker
-from fiddler_runtime.plan import packed_bytes
+from fiddler_runtime.plan import ExpertForm, packed_bytes
 
 
 @pytest.fixture
@@ -54,16 +54,17 @@ def test_unpack_inverts_the_packed_layout(hidden: int, intermediate: int):
     generator = torch.Generator().manual_seed(hidden)
     gate, up = (torch.randn(intermediate, hidden, generator=generator).bfloat16() for _ in range(2))
     down = torch.randn(hidden, intermediate, generator=generator).bfloat16()
-    gate_up_found, down_found = unpack_expert(pack_by_definition(gate, up, down), hidden, intermediate)
-    assert torch.equal(gate_up_found, torch.cat([gate, up]))
-    assert torch.equal(down_found, down)
-    assert gate_up_found.is_contiguous()
-    assert down_found.is_contiguous()
+    found = unpack_expert(pack_by_definition(gate, up, down), ExpertForm(hidden, intermediate))
+    assert torch.equal(found.gate_up, torch.cat([gate, up]))
+    assert torch.equal(found.down, down)
+    assert found.gate_up.is_contiguous()
+    assert found.down.is_contiguous()
+    assert found.biases == ()
 
 
 def test_unpack_refuses_another_shapes_bytes():
     with pytest.raises(ValueError, match="not those of 64 x 64"):
-        unpack_expert(torch.zeros(10, dtype=torch.bfloat16), 64, 64)
+        unpack_expert(torch.zeros(10, dtype=torch.bfloat16), ExpertForm(64, 64))
 
 
 def test_run_expert_equals_float64_within_bf16_rounding():
@@ -74,7 +75,7 @@ def test_run_expert_equals_float64_within_bf16_rounding():
     rows = torch.tensor([7, 0, 3])
     weights = torch.rand(3, generator=generator)
     out = torch.ones(9, 64)
-    run_expert(hidden, rows, weights, gate_up, down, out)
+    run_expert(hidden, rows, weights, UnpackedExpert("silu", gate_up, down), out)
     gate, up = (hidden[rows].double() @ gate_up.double().T).chunk(2, dim=-1)
     inner = torch.nn.functional.silu(gate) * up
     expected = torch.ones(9, 64, dtype=torch.float64)

@@ -47,6 +47,7 @@ def spec(hidden: int = SHAPE[0], intermediate: int = SHAPE[1]) -> ModelSpec:
         hidden_size=hidden,
         intermediate_size=intermediate,
         activation="silu",
+        expert_bias=False,
         vocab_size=10,
         max_context=10,
         expert_tensors=ExpertTensors("g", "u", "d"),

@@ -74,8 +74,7 @@ def test_every_expert_arrives_where_the_plan_wants_it(plan: Plan, tmp_path: Path
             for expert in range(SPEC.num_experts):
                 expected = [m.bfloat16() for m in matrices(tensors, SPEC, layer, expert)]
                 if resident[row, expert]:
-                    gate_up, down = engine._store.resident[row][expert]
-                    gate, up = gate_up.chunk(2)
+                    gate, up, down = engine._store.resident[row][expert].matrices
                     assert expert not in engine._store.packed[row]
                 else:
                     gate, up, down = (torch.empty_like(m) for m in expected)
@@ -92,12 +91,12 @@ def test_random_weights_do_not_depend_on_placement(plan: Plan):
         Engine(plan, ExpertWeights.random(7), strategies=("cpu",)) as packed,
         Engine(plan, ExpertWeights.random(7), strategies=("resident",)) as resident,
     ):
-        gate_up, down = resident._store.resident[1][4]
+        there = resident._store.resident[1][4]
         gate, up = (torch.empty(SPEC.intermediate_size, SPEC.hidden_size, dtype=torch.bfloat16) for _ in range(2))
-        found_down = torch.empty_like(down)
+        found_down = torch.empty_like(there.down)
         packed._kernels.unpack(packed._store.packed[1][4], gate, up, found_down)
-        assert torch.equal(torch.cat([gate, up]), gate_up)
-        assert torch.equal(found_down, down)
+        assert torch.equal(torch.cat([gate, up]), there.gate_up)
+        assert torch.equal(found_down, there.down)
         assert 0.9 < float(gate.float().std()) * SPEC.hidden_size**0.5 < 1.1
 
 

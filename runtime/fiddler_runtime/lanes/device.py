@@ -16,10 +16,10 @@ import torch
 
 from ..errors import FiddlerError, FiddlerWarning
 from ..machine import AcceleratorKind
-from .expert import run_expert, unpack_expert, unpack_expert_into
+from .expert import UnpackedExpert, run_expert, unpack_expert, unpack_expert_into
 from .worker import Worker
 
-__all__ = ["Device", "Ticket", "open_device", "run_expert", "unpack_expert", "unpack_expert_into"]
+__all__ = ["Device", "Ticket", "UnpackedExpert", "open_device", "run_expert", "unpack_expert", "unpack_expert_into"]
 
 R = TypeVar("R")
 Ticket = Any

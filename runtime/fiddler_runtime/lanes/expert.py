@@ -2,60 +2,125 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
-from ..plan import packed_bytes
+from ..plan import Activation, ExpertForm
 
 GATE_UP_LANES = 32  # outputs of gate, and as many of up, in a block of the packed layout
 DOWN_LANES = 64
+LIMIT = 7.0  # of gpt-oss's activation
+
+
+@dataclass(frozen=True)
+class UnpackedExpert:
+    """An expert as an accelerator computes with it: bf16, contiguous, on one device.
+
+    gate_up [2I, H], gate first; down [H, I]; gate_up_bias [2I] and down_bias [H], or None where experts have none
+    """
+
+    activation: Activation
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    @staticmethod
+    def empty(form: ExpertForm, device: torch.device | str = "cpu") -> UnpackedExpert:
+        """Room for one expert, uninitialised."""
+
+        def room(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.bfloat16, device=device)
+
+        rows, width = form.intermediate_size, form.hidden_size
+        biases = (room(2 * rows), room(width)) if form.bias else ()
+        return UnpackedExpert(form.activation, room(2 * rows, width), room(width, rows), *biases)
+
+    def to(self, device: torch.device) -> UnpackedExpert:
+        """A copy on another device."""
+        parts = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        moved = [None if part is None else part.to(device) for part in parts]
+        return UnpackedExpert(self.activation, *moved)  # type: ignore[arg-type]
+
+    @property
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views: gate [I, H], up [I, H], down [H, I]."""
+        gate, up = self.gate_up.chunk(2)
+        return gate, up, self.down
+
+    @property
+    def biases(self) -> tuple[torch.Tensor, ...]:
+        """Views: gate [I], up [I], down [H]; empty where there are none."""
+        if self.gate_up_bias is None or self.down_bias is None:
+            return ()
+        return (*self.gate_up_bias.chunk(2), self.down_bias)
+
+    def rows(self, first: int) -> UnpackedExpert:
+        """Room within this one for an expert of its first intermediate rows alone."""
+        hidden = self.down.shape[0]
+        gate_up = self.gate_up.view(-1)[: 2 * first * hidden].view(2 * first, hidden)
+        down = self.down.view(-1)[: hidden * first].view(hidden, first)
+        bias = None if self.gate_up_bias is None else self.gate_up_bias[: 2 * first]
+        return UnpackedExpert(self.activation, gate_up, down, bias, self.down_bias)
 
 
 def run_expert(
-    hidden: torch.Tensor,
-    rows: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    out: torch.Tensor,
+    hidden: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, expert: UnpackedExpert, out: torch.Tensor
 ) -> None:
-    """out[rows] += weights * down(silu(gate(hidden[rows])) * up(hidden[rows])), on whatever device the tensors are.
+    """out[rows] += weights * expert(hidden[rows]), on whatever device the tensors are.
 
-    hidden bf16 [T, H]; rows int64 [n]; weights fp32 [n]; gate_up bf16 [2I, H] with gate first; down bf16 [H, I];
-    out fp32 [T, H]. Intermediates are bf16, as in transformers; the weighted sum over experts is fp32.
+    hidden bf16 [T, H]; rows int64 [n]; weights fp32 [n]; out fp32 [T, H]. Intermediates are bf16, as in transformers;
+    the weighted sum over experts is fp32.
     """
-    gate, up = F.linear(hidden.index_select(0, rows), gate_up).chunk(2, dim=-1)
-    result = F.linear(F.silu(gate).mul_(up), down)
+    gate, up = F.linear(hidden.index_select(0, rows), expert.gate_up, expert.gate_up_bias).chunk(2, dim=-1)
+    result = F.linear(activate(expert.activation, gate, up), expert.down, expert.down_bias)
     out.index_add_(0, rows, result * weights.unsqueeze(1))
 
 
-def unpack_expert(packed: torch.Tensor, hidden_size: int, intermediate_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The packed host layout (docs/kernels.md) to (gate_up [2I, H], down [H, I]), both contiguous, on packed's device.
+def activate(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """What is multiplied by down, from gate and up [n, I] (plan.Activation has the formulas)."""
+    if activation == "silu":
+        return F.silu(gate) * up
+    if activation == "gptoss":
+        gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+        return gate * torch.sigmoid(gate * 1.702) * (up + 1)
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+
+def unpack_expert(packed: torch.Tensor, form: ExpertForm) -> UnpackedExpert:
+    """The packed host layout (docs/kernels.md) in matrix form, on packed's device.
 
     packed is bf16 [packed_bytes / 2]. Pairs of bf16 travel as one 32-bit element, so this is a plain transposition.
     """
-    gate_up = packed.new_empty((2 * intermediate_size, hidden_size))
-    down = packed.new_empty((hidden_size, intermediate_size))
-    unpack_expert_into(packed, gate_up, down)
-    return gate_up, down
+    out = UnpackedExpert.empty(form, packed.device)
+    unpack_expert_into(packed, out)
+    return out
 
 
-def unpack_expert_into(packed: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-    """As `unpack_expert`, into gate_up [2I, H] and down [H, I] that exist already."""
-    hidden_size, intermediate_size = down.shape
-    if packed.numel() * 2 != packed_bytes(hidden_size, intermediate_size):
+def unpack_expert_into(packed: torch.Tensor, out: UnpackedExpert) -> None:
+    """As `unpack_expert`, into one that exists already."""
+    hidden_size, intermediate_size = out.down.shape
+    form = ExpertForm(hidden_size, intermediate_size, out.activation, out.down_bias is not None)
+    if packed.numel() * 2 != form.packed_bytes:
         raise ValueError(f"packed has {packed.numel() * 2} bytes, not those of {hidden_size} x {intermediate_size}")
     hidden_pairs, intermediate_pairs = -(-hidden_size // 2), -(-intermediate_size // 2)
     gate_blocks, down_blocks = -(-intermediate_size // GATE_UP_LANES), -(-hidden_size // DOWN_LANES)
-    split = gate_blocks * hidden_pairs * 2 * GATE_UP_LANES
     lanes = packed.view(torch.int32)
-
+    first = gate_blocks * hidden_pairs * 2 * GATE_UP_LANES
+    last = first + down_blocks * intermediate_pairs * DOWN_LANES
     # [block, pair, gate|up, lane] -> [gate|up, block, lane, pair]
-    both = lanes[:split].view(gate_blocks, hidden_pairs, 2, GATE_UP_LANES).permute(2, 0, 3, 1)
-    _fill(gate_up.view(2, intermediate_size, hidden_size), both, gate_blocks * GATE_UP_LANES, hidden_pairs)
+    both = lanes[:first].view(gate_blocks, hidden_pairs, 2, GATE_UP_LANES).permute(2, 0, 3, 1)
+    _fill(out.gate_up.view(2, intermediate_size, hidden_size), both, gate_blocks * GATE_UP_LANES, hidden_pairs)
     # [block, pair, lane] -> [block, lane, pair]
-    rows = lanes[split:].view(down_blocks, intermediate_pairs, DOWN_LANES).permute(0, 2, 1).unsqueeze(0)
-    _fill(down.view(1, hidden_size, intermediate_size), rows, down_blocks * DOWN_LANES, intermediate_pairs)
+    rows = lanes[first:last].view(down_blocks, intermediate_pairs, DOWN_LANES).permute(0, 2, 1).unsqueeze(0)
+    _fill(out.down.view(1, hidden_size, intermediate_size), rows, down_blocks * DOWN_LANES, intermediate_pairs)
+    if out.gate_up_bias is not None and out.down_bias is not None:
+        by_block = lanes[last:].view(torch.float32).view(-1, 2, GATE_UP_LANES)
+        both = by_block[:gate_blocks].permute(1, 0, 2).reshape(2, -1)[:, :intermediate_size]
+        out.gate_up_bias.view(2, intermediate_size).copy_(both)
+        out.down_bias.copy_(by_block[gate_blocks:].reshape(-1)[:hidden_size])
 
 
 def _fill(target: torch.Tensor, lanes: torch.Tensor, padded_rows: int, pairs: int) -> None:

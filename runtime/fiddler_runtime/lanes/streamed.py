@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
-from ..plan import packed_bytes
+from ..plan import ExpertForm
 from .device import Device, Ticket
-from .expert import DOWN_LANES, GATE_UP_LANES, run_expert, unpack_expert_into
+from .expert import DOWN_LANES, GATE_UP_LANES, UnpackedExpert, run_expert, unpack_expert_into
 from .routing import Routing, Share
 
 SLOTS = 2
@@ -25,17 +26,12 @@ class StreamedLane:
     queue works from another slot. All methods run in the device's compute queue.
     """
 
-    def __init__(self, device: Device, hidden_size: int, intermediate_size: int, *, prefetch: bool) -> None:
-        def room(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.bfloat16, device=device.torch_device)
-
+    def __init__(self, device: Device, form: ExpertForm, *, prefetch: bool) -> None:
         slots = SLOTS + prefetch
         self._device = device
-        self._hidden_size, self._intermediate_size = hidden_size, intermediate_size
-        self._landing = room(packed_bytes(hidden_size, intermediate_size) // 2)
-        self._slots = [
-            (room(2 * intermediate_size * hidden_size), room(hidden_size * intermediate_size)) for _ in range(slots)
-        ]
+        self._form = form
+        self._landing = torch.empty(form.packed_bytes // 2, dtype=torch.bfloat16, device=device.torch_device)
+        self._slots = [UnpackedExpert.empty(form, device.torch_device) for _ in range(slots)]
         # A slot may be overwritten after this ticket: the last computation that reads it.
         self._free: list[Ticket] = [None] * slots
         self._fetched: Ticket = None
@@ -72,7 +68,7 @@ class StreamedLane:
     ) -> None:
         self._device.wait(arrival)
         part = slice(share.start, share.stop)
-        run_expert(hidden, routing.rows[part], routing.weights[part], *self._matrices(slot, share.first), out)
+        run_expert(hidden, routing.rows[part], routing.weights[part], self._slot(slot, share.first), out)
         self._free[slot] = self._device.mark()
 
     def _fetch(self, slot: int, packed: Mapping[int, torch.Tensor], share: Share) -> Ticket:
@@ -83,31 +79,34 @@ class StreamedLane:
             landed = self._landing
             landed.copy_(packed, non_blocking=True)
         else:
-            landed = copy_first_rows(packed, self._landing, self._hidden_size, self._intermediate_size, first)
-        unpack_expert_into(landed, *self._matrices(slot, first))
+            landed = copy_first_rows(packed, self._landing, self._form, first)
+        unpack_expert_into(landed, self._slot(slot, first))
 
-    def _matrices(self, slot: int, first: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """gate_up [2 rows, H] and down [H, rows] in a slot; all rows of an expert, or the first `first`."""
-        rows, hidden = self._intermediate_size if first is None else first, self._hidden_size
-        gate_up, down = self._slots[slot]
-        return gate_up[: 2 * rows * hidden].view(2 * rows, hidden), down[: hidden * rows].view(hidden, rows)
+    def _slot(self, slot: int, first: int | None) -> UnpackedExpert:
+        """A slot for all rows of an expert, or for the first `first`."""
+        return self._slots[slot] if first is None else self._slots[slot].rows(first)
 
 
-def copy_first_rows(
-    packed: torch.Tensor, landing: torch.Tensor, hidden_size: int, intermediate_size: int, rows: int
-) -> torch.Tensor:
+def copy_first_rows(packed: torch.Tensor, landing: torch.Tensor, form: ExpertForm, rows: int) -> torch.Tensor:
     """Copies the first `rows` (a multiple of 64) intermediate rows of a packed expert to the beginning of `landing`.
 
-    There they are the packed layout of an expert of hidden_size x rows (docs/kernels.md): the returned part of landing.
-    Every piece is one contiguous copy: a strided one from the host would be gathered on the CPU first.
+    There they are the packed layout of an expert of so many rows (docs/kernels.md): the returned part of landing. Its
+    down biases are zero, since whoever computes the other rows adds them. Every piece is one contiguous copy: a strided
+    one from the host would be gathered on the CPU first.
     """
-    pairs, all_pairs = rows // 2, -(-intermediate_size // 2)
-    gate_up = rows // GATE_UP_LANES * -(-hidden_size // 2) * 4 * GATE_UP_LANES
-    whole = -(-intermediate_size // GATE_UP_LANES) * -(-hidden_size // 2) * 4 * GATE_UP_LANES
+    pairs, all_pairs = rows // 2, -(-form.intermediate_size // 2)
+    hidden_pairs, down_blocks = -(-form.hidden_size // 2), -(-form.hidden_size // DOWN_LANES)
+    gate_up = rows // GATE_UP_LANES * hidden_pairs * 4 * GATE_UP_LANES
+    whole = -(-form.intermediate_size // GATE_UP_LANES) * hidden_pairs * 4 * GATE_UP_LANES
     landing[:gate_up].copy_(packed[:gate_up], non_blocking=True)
-    size = pairs * DOWN_LANES * 2
-    for block in range(-(-hidden_size // DOWN_LANES)):
-        source = whole + block * all_pairs * DOWN_LANES * 2
-        target = gate_up + block * size
+    size, whole_size = pairs * DOWN_LANES * 2, all_pairs * DOWN_LANES * 2
+    for block in range(down_blocks):
+        source, target = whole + block * whole_size, gate_up + block * size
         landing[target : target + size].copy_(packed[source : source + size], non_blocking=True)
-    return landing[: packed_bytes(hidden_size, rows) // 2]
+    part = landing[: replace(form, intermediate_size=rows).packed_bytes // 2]
+    if form.bias:
+        biases = rows // GATE_UP_LANES * DOWN_LANES * 2
+        source, target = whole + down_blocks * whole_size, gate_up + down_blocks * size
+        part[target : target + biases].copy_(packed[source : source + biases], non_blocking=True)
+        part[target + biases :].zero_()
+    return part

@@ -9,12 +9,15 @@ from __future__ import annotations
 from .reader import peek_version, read_plan
 from .schema import (
     ABI_VERSION,
+    ACTIVATIONS,
     BUILD_FILE,
     FORMAT_MAJOR,
     FORMAT_MINOR,
     HEADER,
     TABLES,
+    Activation,
     CurveSummary,
+    ExpertForm,
     ExpertTensors,
     Feature,
     FileEntry,
@@ -36,12 +39,15 @@ from .writer import write_plan
 
 __all__ = [
     "ABI_VERSION",
+    "ACTIVATIONS",
     "BUILD_FILE",
     "FORMAT_MAJOR",
     "FORMAT_MINOR",
     "HEADER",
     "TABLES",
+    "Activation",
     "CurveSummary",
+    "ExpertForm",
     "ExpertTensors",
     "Feature",
     "FileEntry",

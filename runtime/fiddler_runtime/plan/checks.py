@@ -13,7 +13,18 @@ import numpy.typing as npt
 
 from ..errors import FiddlerError
 from ..machine import KNOWN_ISAS
-from .schema import BUILD_FILE, HEADER, TABLES, ExpertTensors, FileEntry, Header, KernelSpec, ModelSpec, Tables
+from .schema import (
+    BUILD_FILE,
+    HEADER,
+    TABLES,
+    ExpertForm,
+    ExpertTensors,
+    FileEntry,
+    Header,
+    KernelSpec,
+    ModelSpec,
+    Tables,
+)
 
 # Far above any model, far below where a product of two of them no longer fits 63 bits.
 MAX_EXPERTS = 1024
@@ -188,10 +199,8 @@ def check_patterns(names: ExpertTensors) -> None:
 
 
 def _check_kernels(kernels: KernelSpec, model: ModelSpec) -> None:
-    found = (kernels.hidden_size, kernels.intermediate_size)
-    expected = (model.hidden_size, model.intermediate_size)
-    if found != expected:
-        raise _bad("kernels", f"kernels for {found[0]} x {found[1]}", f"{expected[0]} x {expected[1]}, the model's")
+    if kernels.expert != model.expert:
+        raise _bad("kernels", f"kernels for {_form(kernels.expert)}", f"{_form(model.expert)}, the model's")
     if not kernels.variants:
         raise _bad("kernels.variants", "none", "one or more of " + ", ".join(KNOWN_ISAS))
     _unique("kernels.variants", [variant.isa for variant in kernels.variants])
@@ -211,6 +220,11 @@ def _check_machine(header: Header) -> None:
     _not_negative("hardware.machine.accelerator.memory_bytes", machine.accelerator.memory_bytes)
     if machine.accelerator.kind == "none" and header.placement.resident_experts:
         raise _bad("placement.resident_experts", header.placement.resident_experts, "0, as there is no accelerator")
+
+
+def _form(expert: ExpertForm) -> str:
+    biases = " with biases" if expert.bias else ""
+    return f"{expert.hidden_size} x {expert.intermediate_size} {expert.activation}{biases}"
 
 
 def _array(name: str, value: npt.NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]) -> None:

@@ -3,25 +3,56 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from .. import strict
 from ..machine import Machine
 
-FORMAT_MAJOR = 2
+FORMAT_MAJOR = 3
 FORMAT_MINOR = 0
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 HEADER = "plan.json"
 TABLES = "tables.safetensors"
 BUILD_FILE = "kernels/CMakeLists.txt"
 Provenance = Literal["measured", "data sheet", "paper"]
 Objective = Literal["decode", "prefill", "beam", "balanced"]
+Activation = Literal["silu", "gptoss", "gelu", "gelu_tanh"]
+"""What an expert computes between its multiplications, of gate g and up u:
+silu       g / (1 + e^-g) * u
+gptoss     g / (1 + e^-1.702g) * (u + 1), with g limited to 7 and u to -7 .. 7
+gelu       g * Phi(g) * u, with the normal distribution function; gelu_tanh with its usual approximation by tanh
+"""
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+
+@dataclass(frozen=True)
+class ExpertForm:
+    """What all experts of a model have in common: what kernels are generated for.
+
+    bias  whether gate, up and down each add a bias
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    activation: Activation = "silu"
+    bias: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one expert's bf16 matrices and biases."""
+        biases = (2 * self.intermediate_size + self.hidden_size) * self.bias
+        return 2 * (3 * self.hidden_size * self.intermediate_size + biases)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of one packed expert (docs/kernels.md): 64-output blocks, inputs in pairs, zero-padded; fp32 biases."""
+        return packed_bytes(self.hidden_size, self.intermediate_size, self.bias)
 
 
 @dataclass(frozen=True)
@@ -33,11 +64,15 @@ class ExpertTensors:
     down: str
 
 
+_NOT_SIZES = ("name", "activation", "expert_bias", "expert_tensors")
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """An MoE model as far as running its experts depends on it.
 
     moe_layers            indices of the decoder layers that have routed experts
+    expert_bias           whether routed experts have biases
     identity              config.json keys and values that a model directory must share to run with the plan
     non_expert_bytes      everything but the routed experts, in the model's dtype
     kv_bytes_per_token    keys and values of all layers
@@ -52,7 +87,8 @@ class ModelSpec:
     top_k: int
     hidden_size: int
     intermediate_size: int
-    activation: Literal["silu"]
+    activation: Activation
+    expert_bias: bool
     vocab_size: int
     max_context: int
     expert_tensors: ExpertTensors
@@ -62,15 +98,20 @@ class ModelSpec:
     workspace_bytes_per_token: int
 
     @property
+    def expert(self) -> ExpertForm:
+        """What its experts have in common."""
+        return ExpertForm(self.hidden_size, self.intermediate_size, self.activation, self.expert_bias)
+
+    @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert's three bf16 matrices."""
-        return 3 * self.hidden_size * self.intermediate_size * 2
+        """Bytes of one expert, unpacked, in bf16."""
+        return self.expert.bytes
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the architecture and shapes (not the weights, not the name)."""
-        nameless = replace(self, name="")
-        return hashlib.sha256(strict.dump(nameless)).hexdigest()[:16]
+        """Identifies the architecture and sizes: what traces and step times depend on, not names, files or weights."""
+        sizes = {key: value for key, value in vars(self).items() if key not in _NOT_SIZES}
+        return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -86,28 +127,39 @@ class KernelVariant:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """The generated kernels of one expert shape."""
+    """The generated kernels of one form of experts."""
 
     name: str
     hidden_size: int
     intermediate_size: int
+    activation: Activation
+    bias: bool
     variants: tuple[KernelVariant, ...]
 
     @property
+    def expert(self) -> ExpertForm:
+        """What the kernels are made for."""
+        return ExpertForm(self.hidden_size, self.intermediate_size, self.activation, self.bias)
+
+    @property
     def packed_bytes(self) -> int:
-        """Bytes of one packed expert (docs/kernels.md): 64-output blocks, inputs in pairs, zero-padded."""
-        return packed_bytes(self.hidden_size, self.intermediate_size)
+        """Bytes of one packed expert."""
+        return self.expert.packed_bytes
 
 
-def packed_bytes(hidden_size: int, intermediate_size: int) -> int:
-    """Size of one packed expert: gate/up blocks of 32+32 outputs over hidden pairs, down blocks of 64 over pairs."""
+def packed_bytes(hidden_size: int, intermediate_size: int, bias: bool = False) -> int:
+    """Size of one packed expert: gate/up blocks of 32+32 outputs over hidden pairs, down blocks of 64 over pairs.
+
+    With biases, 64 fp32 for each block follow.
+    """
 
     def blocks(n: int, by: int) -> int:
         return -(-n // by)
 
     gate_up = blocks(intermediate_size, 32) * blocks(hidden_size, 2) * 64 * 2 * 2
     down = blocks(hidden_size, 64) * blocks(intermediate_size, 2) * 64 * 2 * 2
-    return gate_up + down
+    biases = (blocks(intermediate_size, 32) + blocks(hidden_size, 64)) * 64 * 4 if bias else 0
+    return gate_up + down + biases
 
 
 @dataclass(frozen=True)

@@ -138,17 +138,31 @@ inline void multiply(const fdl::Task& task) {
   }
 }
 
+template <int L>
+inline void add_bias(const fdl::Task& task) {
+  for (int64_t token = 0; token < task.tokens; ++token) {
+    float* row = task.sums + token * task.sum_stride;
+    for (int column = 0; column < fdl::kLanes; column += L) {
+      const auto sum = load<L>(row + column) + load<L>(task.bias + column);
+      __builtin_memcpy(row + column, &sum, sizeof sum);
+    }
+  }
+}
+
 template <class Isa, class Tile>
 inline void run(const fdl::Task& task) {
   using Element = typename Isa::Element;
   multiply<Isa, Tile>(task);
-  if (task.phase == fdl::Phase::down) return;
+  if (task.phase == fdl::Phase::down) {
+    if constexpr (fdl::kBias) add_bias<Isa::kLanes>(task);
+    return;
+  }
   constexpr int kWidth = Isa::kLanes < fdl::kGateLanes ? Isa::kLanes : fdl::kGateLanes;
   for (int64_t token = 0; token < task.tokens; ++token) {
-    const float* gate = task.sums + token * task.sum_stride;
+    const float* sums = task.sums + token * task.sum_stride;
     Element* out = static_cast<Element*>(task.intermediate) + token * task.intermediate_stride;
     for (int column = 0; column < fdl::kGateLanes; column += kWidth)
-      activate<kWidth>(gate + column, gate + fdl::kGateLanes + column, out + column);
+      activate<kWidth>(sums + column, fdl::kBias ? task.bias + column : nullptr, out + column);
     // Infinite inputs make NaN of the padding's 0 * inf; an odd depth's partner must be zero whatever the inputs.
     for (int64_t column = task.columns; column < fdl::kGateLanes; ++column) out[column] = 0;
   }

@@ -20,6 +20,9 @@ constexpr int64_t kDownBlocks = (kHidden + kLanes - 1) / kLanes;
 constexpr int64_t kGateUpBlockLanes = kHiddenPairs * kLanes;
 constexpr int64_t kDownBlockLanes = kIntermediatePairs * kLanes;
 constexpr int64_t kDownOffsetLanes = kGateUpBlocks * kGateUpBlockLanes;
-constexpr int64_t kPackedBytes = (kDownOffsetLanes + kDownBlocks * kDownBlockLanes) * 4;
+constexpr int64_t kAllBlocks = kGateUpBlocks + kDownBlocks;
+// Biases follow all matrices: one fp32 per lane and block.
+constexpr int64_t kBiasOffsetLanes = kDownOffsetLanes + kDownBlocks * kDownBlockLanes;
+constexpr int64_t kPackedBytes = (kBiasOffsetLanes + (kBias ? kAllBlocks * kLanes : 0)) * 4;
 
 }  // namespace fdl

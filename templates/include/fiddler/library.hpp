@@ -72,6 +72,11 @@ int32_t parallel_for(Pool& pool, int64_t count, Work work) {
   return pool.run(job) ? FDL_OK : FDL_E_THREAD;
 }
 
+inline bool valid(const fdl_expert& expert) {
+  const bool biases = expert.gate_bias && expert.up_bias && expert.down_bias;
+  return expert.gate && expert.up && expert.down && (!kBias || biases);
+}
+
 inline bool valid(const fdl_moe_call& call) {
   constexpr int64_t kMost = int64_t{1} << 31;
   if (call.tokens < 0 || call.top_k < 1 || call.num_experts < 1 || call.tokens >= kMost / call.top_k) return false;
@@ -124,26 +129,38 @@ void fdl_close(fdl_kernels* kernels) {
 
 const char* fdl_isa(const fdl_kernels* kernels) { return kernels ? kernels->variant.isa : ""; }
 
-int32_t fdl_pack(fdl_kernels* kernels, const uint16_t* gate, const uint16_t* up, const uint16_t* down,
-                 uint16_t* packed) {
-  if (!kernels || !gate || !up || !down || !packed) return FDL_E_ARGUMENT;
+int32_t fdl_pack(fdl_kernels* kernels, const fdl_expert* expert, uint16_t* packed) {
+  if (!kernels || !expert || !fdl::valid(*expert) || !packed) return FDL_E_ARGUMENT;
   return fdl::guarded(kernels, [&] {
-    return fdl::parallel_for(kernels->pool, fdl::kGateUpBlocks + fdl::kDownBlocks, [&](int64_t block) {
+    return fdl::parallel_for(kernels->pool, fdl::kAllBlocks, [&](int64_t block) {
       const uint16_t* rows[fdl::kLanes];
-      fdl::rows_of_block(block, gate, up, down, rows);
-      fdl::pack_block(rows, fdl::block_inputs(block), reinterpret_cast<uint32_t*>(packed) + fdl::block_offset(block));
+      fdl::rows_of_block<const uint16_t*>(block, expert->gate, expert->up, expert->down, rows);
+      auto* lanes = reinterpret_cast<uint32_t*>(packed);
+      fdl::pack_block(rows, fdl::block_inputs(block), lanes + fdl::block_offset(block));
+      if constexpr (fdl::kBias) {
+        for (int64_t lane = 0; lane < fdl::kLanes; ++lane) {
+          const uint16_t* bias =
+              fdl::bias_of_lane(block, lane, expert->gate_bias, expert->up_bias, expert->down_bias);
+          lanes[fdl::bias_offset(block) + lane] = bias ? static_cast<uint32_t>(*bias) << 16 : 0;  // the same number in fp32
+        }
+      }
     });
   });
 }
 
-int32_t fdl_unpack(fdl_kernels* kernels, const uint16_t* packed, uint16_t* gate, uint16_t* up, uint16_t* down) {
-  if (!kernels || !gate || !up || !down || !packed) return FDL_E_ARGUMENT;
+int32_t fdl_unpack(fdl_kernels* kernels, const uint16_t* packed, const fdl_expert* expert) {
+  if (!kernels || !expert || !fdl::valid(*expert) || !packed) return FDL_E_ARGUMENT;
   return fdl::guarded(kernels, [&] {
-    return fdl::parallel_for(kernels->pool, fdl::kGateUpBlocks + fdl::kDownBlocks, [&](int64_t block) {
+    return fdl::parallel_for(kernels->pool, fdl::kAllBlocks, [&](int64_t block) {
       uint16_t* rows[fdl::kLanes];
-      fdl::rows_of_block(block, gate, up, down, rows);
-      fdl::unpack_block(reinterpret_cast<const uint32_t*>(packed) + fdl::block_offset(block), fdl::block_inputs(block),
-                        rows);
+      fdl::rows_of_block<uint16_t*>(block, expert->gate, expert->up, expert->down, rows);
+      const auto* lanes = reinterpret_cast<const uint32_t*>(packed);
+      fdl::unpack_block(lanes + fdl::block_offset(block), fdl::block_inputs(block), rows);
+      if constexpr (fdl::kBias) {
+        for (int64_t lane = 0; lane < fdl::kLanes; ++lane)
+          if (uint16_t* bias = fdl::bias_of_lane(block, lane, expert->gate_bias, expert->up_bias, expert->down_bias))
+            *bias = static_cast<uint16_t>(lanes[fdl::bias_offset(block) + lane] >> 16);
+      }
     });
   });
 }

@@ -250,6 +250,12 @@ class MoeLayer {
                : place.packed + kDownOffsetLanes + block * kDownBlockLanes + place.first_pair * kLanes;
   }
 
+  // Of an expert that is split, the down biases are added here: the packed half on the accelerator has none.
+  static const float* bias_of(const Place& place, Phase which, int64_t block) {
+    return reinterpret_cast<const float*>(place.packed + kBiasOffsetLanes) +
+           (which == Phase::gate_up ? block : kGateUpBlocks + block) * kLanes;
+  }
+
   // Takes tasks of a phase until none is left. While many are left a thread claims its next one early, to fetch the weights;
   // near the end it does not, so that no thread waits for a task that another holds but has not begun.
   void phase(const fdl_moe_call& call, Phase which, int worker) {
@@ -281,6 +287,7 @@ class MoeLayer {
     task.phase = which;
     task.tokens = place.last_row - place.first_row;
     task.weights = weights_of(place, which, block);
+    if constexpr (kBias) task.bias = bias_of(place, which, block);
     task.next = next;
     if (which == Phase::gate_up) {
       task.pairs = kHiddenPairs;

@@ -7,8 +7,8 @@
 namespace fdl {
 
 enum class Phase : int32_t {
-  gate_up,  // intermediate = bf16(silu(x Wgate) * (x Wup)), for one block of 32 intermediate columns
-  down,     // y = intermediate Wdown, for one block of 64 output columns
+  gate_up,  // intermediate = bf16(activation(x Wgate + b, x Wup + b)), for one block of 32 intermediate columns
+  down,     // y = intermediate Wdown + b, for one block of 64 output columns
 };
 
 // One block of outputs for some of one expert's tokens.
@@ -18,6 +18,7 @@ struct Task {
   int64_t tokens;
   int64_t pairs;             // depth: inputs of the block, in pairs
   const uint32_t* weights;   // the block: [pairs][64] lanes
+  const float* bias;         // of the block's 64 lanes; null where experts have none
   const uint32_t* next;      // the block that this thread works on next, worth fetching; or null
   const void* activations;   // [rows][stride] elements; an odd depth is followed by a zero
   int64_t activation_stride; // elements
