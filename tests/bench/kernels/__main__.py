@@ -31,7 +31,7 @@ def main() -> int:
     args = arguments().parse_args()
     if args.tokens is None:
         args.tokens = LAYER_TOKENS if args.layer else EXPERT_TOKENS
-    # The runtime keeps its weights on huge pages. Peers' memory comes from malloc: told so, it gives them huge pages too.
+    # The runtime keeps its weights on huge pages; so that peers have them too, malloc is told to.
     if _TUNABLES not in os.environ.get("GLIBC_TUNABLES", ""):
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), _TUNABLES)))
         os.execv(sys.executable, [sys.executable, "-m", "tests.bench.kernels", *sys.argv[1:]])

@@ -89,8 +89,8 @@ def _measure_shape(
             mode = f"layer of {shape.num_experts} experts, top-{shape.top_k}" if args.layer else "one expert per call"
             _say(
                 f"{shape.name} {shape.hidden_size}x{shape.intermediate_size}, {mode}, {threads} threads, "
-                f"{ours.kernels.isa}; {weights.count} experts in memory; read loop: {limits.read_loop} ({max(loops.values()):.1f} "
-                f"GB/s, plain {loops[limits.names[0]]:.1f})"
+                f"{ours.kernels.isa}; {weights.count} experts in memory; read loop: {limits.read_loop} "
+                f"({max(loops.values()):.1f} GB/s, plain {loops[limits.names[0]]:.1f})"
             )
             for tokens in args.tokens:
                 task = tasks.at(tokens)
