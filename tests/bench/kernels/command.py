@@ -1,0 +1,246 @@
+"""What the command does: for each shape prepare the contenders, then measure row by row."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import gc
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.kernels import KernelLibrary
+from fiddler_runtime.machine import Machine, this_machine
+
+from . import check, table
+from .contender import Contender, Ours, Weights, build_library, open_library, random_weights
+from .limits import Limits
+from .measure import Peaks, Race, regions
+from .shapes import Shape, draw_routings, load_shape, rotation, too_large
+from .statistics import Work
+
+_SEED = 1
+_ROUTINGS = 8
+
+
+def run(args: argparse.Namespace) -> None:
+    shapes = [load_shape(name) for name in args.shapes]
+    if args.build:
+        _build(shapes, args.build)
+        return
+    machine = this_machine("none")
+    peers = _peers(args, machine)
+    record: dict[str, Any] = {
+        "command": "python -m tests.bench.kernels " + " ".join(sys.argv[1:]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": dataclasses.asdict(machine),
+        "torch": torch.__version__,
+        "complete": False,
+        "rows": [],
+    }
+    deadline = time.monotonic() + args.time_budget
+    left = len(shapes) * len(args.threads) * len(args.tokens)
+    with torch.inference_mode():
+        for shape in shapes:
+            for row in _measure_shape(args, shape, machine, peers, deadline, left):
+                left -= 1
+                record["rows"].append(row)
+                _write(args.json, record)
+    record["complete"] = True
+    _write(args.json, record)
+    print(table.pivot(record["rows"]))
+    if args.plot:
+        from .plot import draw
+
+        draw(record, args.plot)
+
+
+def _measure_shape(
+    args: argparse.Namespace, shape: Shape, machine: Machine, peers: Sequence[Contender], deadline: float, left: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of one shape, each as it is done."""
+    if args.experts:
+        shape = dataclasses.replace(shape, num_experts=args.experts)
+    ours = Ours(open_library(args.library, shape) if args.library else build_library(shape), args.isa)
+    contenders: list[Contender] = [ours]
+    if args.against:
+        contenders.append(Ours(open_library(args.against, shape), args.isa, "against"))
+    contenders += [peer for peer in peers if (peer.has_layer if args.layer else peer.has_expert)]
+    generator = torch.Generator().manual_seed(_SEED)
+    weights = _prepare(args, shape, machine, contenders, generator)
+    tasks = (_Layer if args.layer else _Expert)(shape, weights, max(args.tokens), generator)
+    probe_bytes = 4 * max(machine.l3_bytes, 1 << 25)
+    try:
+        for threads in args.threads:
+            for contender in contenders:
+                contender.set_threads(threads)
+            limits = Limits(ours.kernels)
+            loops = limits.choose_read_loop(regions(ours, weights.count, 0, probe_bytes))
+            peaks = Peaks()
+            mode = f"layer of {shape.num_experts} experts, top-{shape.top_k}" if args.layer else "one expert per call"
+            _say(
+                f"{shape.name} {shape.hidden_size}x{shape.intermediate_size}, {mode}, {threads} threads, "
+                f"{ours.kernels.isa}; {weights.count} experts in memory; read loop: {limits.read_loop} "
+                f"({max(loops.values()):.1f} GB/s, plain {loops[limits.names[0]]:.1f})"
+            )
+            for tokens in args.tokens:
+                task = tasks.at(tokens)
+                errors = {c.name: check.require(c.name, tokens, task.errors(c)) for c in contenders}
+                race = Race(contenders, weights.count, task.call, task.work, task.first, probe_bytes)
+                seconds = max(0.0, deadline - time.monotonic()) / left
+                race.run(limits, args.rounds, seconds, peaks, functools.partial(_progress, tokens))
+                row = table.row(race.samples, peaks)
+                row = {
+                    "shape": dataclasses.asdict(shape),
+                    "mode": "layer" if args.layer else "expert",
+                    "threads": threads,
+                    "isa": ours.kernels.isa,
+                    "tokens": tokens,
+                    "experts_in_memory": weights.count,
+                    "read_loops_gbps": loops,
+                    "errors": errors,
+                    **row,
+                }
+                left -= 1
+                _say("\r" + table.line(row))
+                yield row
+    finally:
+        for contender in contenders:
+            contender.close()
+        del tasks, weights
+        gc.collect()
+
+
+def _prepare(
+    args: argparse.Namespace,
+    shape: Shape,
+    machine: Machine,
+    contenders: Sequence[Contender],
+    generator: torch.Generator,
+) -> Weights:
+    budget = int(args.memory * 2**30)
+    layouts = 1 + sum(contender.packs for contender in contenders)
+    if args.layer:
+        count = shape.num_experts
+        if count * shape.expert_bytes * layouts > budget:
+            raise too_large(count * shape.expert_bytes * layouts, budget)
+    else:
+        count = rotation(shape.expert_bytes, max(machine.l3_bytes, 1 << 25), budget, layouts)
+    _say(f"{shape.name}: making {count} experts", end="")
+    weights = random_weights(shape, count, generator)
+    for contender in contenders:
+        _say(f"\r{shape.name}: packing for {contender.name:20}", end="")
+        contender.prepare(weights, shape)
+    _say("\r" + " " * 60, end="\r")
+    return weights
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """One row's calls."""
+
+    call: Any
+    work: list[Work]
+    first: list[int]
+    errors: Any
+
+
+class _Expert:
+    """One expert per call, in turn."""
+
+    def __init__(self, shape: Shape, weights: Weights, most_tokens: int, generator: torch.Generator) -> None:
+        self.shape, self.weights = shape, weights
+        self.x = torch.randn(most_tokens, shape.hidden_size, generator=generator).bfloat16()
+        self.expected: dict[int, torch.Tensor] = {}
+
+    def at(self, tokens: int) -> _Task:
+        x = self.x[:tokens]
+        expected = check.reference(self.weights, 0, x[[0, -1]])
+        count = self.weights.count
+        return _Task(
+            call=lambda contender, i: contender.expert(i, x),
+            work=[Work(self.shape.expert_bytes, self.shape.row_flops * tokens)] * count,
+            first=list(range(count)),
+            errors=lambda contender: [check.error(contender.expert(0, x)[[0, -1]], expected)],
+        )
+
+
+class _Layer:
+    """Whole layers, each call with a routing of its own."""
+
+    def __init__(self, shape: Shape, weights: Weights, most_tokens: int, generator: torch.Generator) -> None:
+        self.shape, self.weights, self.generator = shape, weights, generator
+        self.x = torch.randn(most_tokens, shape.hidden_size, generator=generator).bfloat16()
+
+    def at(self, tokens: int) -> _Task:
+        shape, x = self.shape, self.x[:tokens]
+        ids = draw_routings(shape, tokens, _ROUTINGS, self.generator)
+        gates = torch.rand(tokens, shape.top_k, generator=self.generator) + 0.1
+        gates = gates / gates.sum(dim=1, keepdim=True)
+        ends = [0, -1]
+        expected = check.layer_reference(self.weights, x[ends], ids[0][ends], gates[ends])
+        return _Task(
+            call=lambda contender, i: contender.layer(x, ids[i], gates),
+            work=[
+                Work(shape.expert_bytes * len(chosen.unique()), shape.row_flops * tokens * shape.top_k)
+                for chosen in ids
+            ],
+            first=[int(chosen.min()) for chosen in ids],
+            errors=lambda contender: [check.error(contender.layer(x, ids[0], gates)[ends], expected)],
+        )
+
+
+def _peers(args: argparse.Namespace, machine: Machine) -> list[Contender]:
+    """Those asked for that can be had; the others are named with the reason."""
+    from tests.bench.peers.registry import load_peer
+
+    asked = [name for name in args.peers if name != "none"]
+    if asked and args.isa is not None and args.isa != machine.isa[0]:
+        _say(f"no peers: they use {machine.isa[0]} and have another roofline than {args.isa}")
+        return []
+    found = []
+    for name in asked:
+        try:
+            found.append(load_peer(name))
+        except (ImportError, OSError) as error:
+            _say(f"{name} is not installed here and is left out: {str(error).splitlines()[0]}")
+    return found
+
+
+def _build(shapes: Sequence[Shape], folder: Path) -> None:
+    """Copies this checkout's libraries to a folder that --library and --against take."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shape in shapes:
+        library: KernelLibrary = build_library(shape)
+        to = folder / f"lib{library.spec.name}.so"
+        to.unlink(missing_ok=True)  # a process may have mapped the old one
+        shutil.copyfile(library.path, to)
+        print(to)
+
+
+def _write(path: Path | None, record: dict[str, Any]) -> None:
+    if path is None:
+        return
+    scratch = path.with_name(path.name + ".part")
+    try:
+        scratch.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise FiddlerError(f"cannot write {path}", found=error.strerror) from None
+
+
+def _progress(tokens: int, done: int) -> None:
+    _say(f"\r{tokens:6} tokens: round {done}", end="")
+
+
+def _say(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,100 @@
+"""Rounds of samples: every contender in turn, each between probes of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .contender import Contender
+from .limits import Limits
+from .statistics import Sample, Work, steady
+
+_LEAST_SECONDS = 0.03
+_LEAST_ROUNDS = 3
+
+Call = Callable[[Contender, int], None]
+
+
+@dataclass
+class Race:
+    """One row of the table: contenders on the same task.
+
+    call       call(contender, i) makes call number i of the rotation
+    work       of call number i
+    first      first(i) is the expert at which call i begins to read
+    probe_bytes  a probe reads at least so much, if the weights are so much: more than the last-level cache
+    """
+
+    contenders: Sequence[Contender]
+    experts: int
+    call: Call
+    work: Sequence[Work]
+    first: Sequence[int]
+    probe_bytes: int
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+
+    def run(self, limits: Limits, rounds: int, seconds: float, peaks: Peaks, progress: Callable[[int], None]) -> None:
+        """Rounds until `rounds` are undisturbed for every contender or the time is over, and at least three."""
+        self.samples = {contender.name: [] for contender in self.contenders}
+        cursor = 0
+        begin = time.perf_counter()
+        for done in range(3 * rounds):
+            lap = time.perf_counter()
+            for turn in range(len(self.contenders)):
+                contender = self.contenders[(turn + done) % len(self.contenders)]
+                sample, cursor = self._sample(contender, limits, cursor)
+                self.samples[contender.name].append(sample)
+                peaks.see(sample)
+            progress(done + 1)
+            now = time.perf_counter()
+            kept = min(sum(peaks.steady(s) for s in samples) for samples in self.samples.values())
+            if done + 1 >= _LEAST_ROUNDS and (kept >= rounds or now - begin + (now - lap) > seconds):
+                break
+
+    def _sample(self, contender: Contender, limits: Limits, cursor: int) -> tuple[Sample, int]:
+        before = self._probe(contender, limits, cursor)
+        calls: list[Work] = []
+        begin = time.perf_counter()
+        while True:
+            at = cursor % len(self.work)
+            self.call(contender, at)
+            calls.append(self.work[at])
+            cursor += 1
+            seconds = time.perf_counter() - begin
+            if seconds >= _LEAST_SECONDS:
+                break
+        time.sleep(contender.settle())
+        after = self._probe(contender, limits, cursor)
+        return Sample(seconds, tuple(calls), (before[0], after[0]), (before[1], after[1])), cursor
+
+    def _probe(self, contender: Contender, limits: Limits, cursor: int) -> tuple[float, float]:
+        """Of the memory that the next call begins with and what follows, more than the last-level cache holds: the call
+        does not find its first weights there."""
+        first = self.first[cursor % len(self.work)]
+        return limits.read_gbps(regions(contender, self.experts, first, self.probe_bytes)), limits.peak_gflops()
+
+
+def regions(contender: Contender, experts: int, first: int, least_bytes: int) -> list[torch.Tensor]:
+    """A contender's weights from expert `first` on, at least so many bytes of them if there are as many."""
+    found: list[torch.Tensor] = []
+    for i in range(experts):
+        found += contender.regions((first + i) % experts)
+        if sum(region.nbytes for region in found) >= least_bytes:
+            break
+    return found
+
+
+@dataclass
+class Peaks:
+    """The best peak seen so far, by which disturbed samples are told."""
+
+    best: float = 0.0
+
+    def see(self, sample: Sample) -> None:
+        self.best = max(self.best, *sample.peak_gflops)
+
+    def steady(self, sample: Sample) -> bool:
+        return steady(sample, self.best)
