@@ -13,7 +13,7 @@ from fiddler_runtime.machine import KNOWN_ISAS
 
 from ..ir import Activation, ExpertForm, KernelSources, KernelSpec, KernelVariant
 from .names import format_name, format_symbol
-from .targets import NEAR_BLOCK, TARGETS, Target
+from .targets import TARGETS, Target
 
 _LARGEST = 1 << 20
 _VERBATIM = ("exports.map",)
@@ -60,6 +60,7 @@ def generate(
             "symbol": variant.symbol,
             "check": target.check,
             "element_bytes": target.element_bytes,
+            "tile_tokens": target.tile_tokens,
             "flags": target.flags,
         }
         for target, variant in zip(targets, spec.variants, strict=True)
@@ -83,8 +84,8 @@ def generate(
             tile_tokens=variant.tile_tokens,
             tile_vectors=variant.tile_vectors,
             narrow_tiles=target.narrow_tiles,
-            near_block=NEAR_BLOCK,
             k_block=variant.k_block,
+            fetch_tokens=target.fetch_tokens,
         )
     files.update(_headers(targets))
     return KernelSources(spec=spec, files=dict(sorted(files.items())))

@@ -15,7 +15,8 @@ class Target:
     element_bytes   of an activation: 2 (bf16) or 4 (fp32)
     tile_tokens, tile_vectors  the register tile of many tokens
     narrow_tiles    (most tokens, vectors): wider rows for fewer tokens
-    k_block         inputs whose weights stay in the second-level cache while many tokens pass
+    k_block         inputs whose weights stay in the second-level cache while several tiles pass over them
+    fetch_tokens    from so many tokens on one pass over the weights fetches them explicitly
     """
 
     isa: str
@@ -28,18 +29,16 @@ class Target:
     tile_vectors: int
     narrow_tiles: tuple[tuple[int, int], ...]
     k_block: int
+    fetch_tokens: int
 
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 
-NEAR_BLOCK = 128
-"""Inputs whose weights (16 KiB) and their successors are in the first-level cache together while few tokens pass."""
-
-# A packed row is 4 zmm or 8 ymm; vectors must divide that.
+# A packed row is 2 zmm or 4 ymm; vectors must divide that.
 TARGETS: dict[str, Target] = {
     target.isa: target
     for target in (
-        # 6 x 4 sums + 4 weights + 1 broadcast = 29 of 32 registers. 2048 inputs x 64 outputs = 256 KiB, in any L2.
+        # 14 x 2 sums + 2 weights + 1 broadcast = 31 of 32 registers. 1024 inputs x 32 outputs = 64 KiB: twice that in any L2.
         Target(
             isa="avx512_bf16",
             header="isa_avx512_bf16.hpp",
@@ -47,12 +46,13 @@ TARGETS: dict[str, Target] = {
             check="has_avx512_bf16",
             flags=(*_AVX512, "-mavx512bf16"),
             element_bytes=2,
-            tile_tokens=6,
-            tile_vectors=4,
+            tile_tokens=14,
+            tile_vectors=2,
             narrow_tiles=(),
-            k_block=2048,
+            k_block=1024,
+            fetch_tokens=7,
         ),
-        # Each weight vector becomes two (even and odd inputs): 8 x 2 sums + 4 weights + 2 broadcasts = 22 of 32.
+        # Each weight vector becomes two (even and odd inputs): 12 x 2 sums + 4 weights + 2 broadcasts = 30 of 32.
         Target(
             isa="avx512f",
             header="isa_avx512f.hpp",
@@ -60,10 +60,11 @@ TARGETS: dict[str, Target] = {
             check="has_avx512f",
             flags=_AVX512,
             element_bytes=4,
-            tile_tokens=8,
+            tile_tokens=12,
             tile_vectors=2,
-            narrow_tiles=((3, 4),),
+            narrow_tiles=(),
             k_block=1024,
+            fetch_tokens=4,
         ),
         # 4 x 2 sums + 4 weights + 2 broadcasts = 14 of 16 registers.
         Target(
@@ -75,8 +76,9 @@ TARGETS: dict[str, Target] = {
             element_bytes=4,
             tile_tokens=4,
             tile_vectors=2,
-            narrow_tiles=((1, 8), (2, 4)),
+            narrow_tiles=((2, 4),),
             k_block=1024,
+            fetch_tokens=2,
         ),
         Target(
             isa="scalar",
@@ -89,6 +91,7 @@ TARGETS: dict[str, Target] = {
             tile_vectors=2,
             narrow_tiles=(),
             k_block=1024,
+            fetch_tokens=2,
         ),
     )
 }

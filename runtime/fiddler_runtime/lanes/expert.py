@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from ..plan import Activation, ExpertForm
 
-GATE_UP_LANES = 32  # outputs of gate, and as many of up, in a block of the packed layout
-DOWN_LANES = 64
+GATE_UP_LANES = 16  # outputs of gate, and as many of up, in a block of the packed layout
+DOWN_LANES = 32
 LIMIT = 7.0  # of gpt-oss's activation
 
 

@@ -51,7 +51,7 @@ class ExpertForm:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of one packed expert (docs/kernels.md): 64-output blocks, inputs in pairs, zero-padded; fp32 biases."""
+        """Bytes of one packed expert (docs/kernels.md): 32-output blocks, inputs in pairs, zero-padded; fp32 biases."""
         return packed_bytes(self.hidden_size, self.intermediate_size, self.bias)
 
 
@@ -148,17 +148,17 @@ class KernelSpec:
 
 
 def packed_bytes(hidden_size: int, intermediate_size: int, bias: bool = False) -> int:
-    """Size of one packed expert: gate/up blocks of 32+32 outputs over hidden pairs, down blocks of 64 over pairs.
+    """Size of one packed expert: gate/up blocks of 16+16 outputs over hidden pairs, down blocks of 32 over pairs.
 
-    With biases, 64 fp32 for each block follow.
+    With biases, 32 fp32 for each block follow.
     """
 
     def blocks(n: int, by: int) -> int:
         return -(-n // by)
 
-    gate_up = blocks(intermediate_size, 32) * blocks(hidden_size, 2) * 64 * 2 * 2
-    down = blocks(hidden_size, 64) * blocks(intermediate_size, 2) * 64 * 2 * 2
-    biases = (blocks(intermediate_size, 32) + blocks(hidden_size, 64)) * 64 * 4 if bias else 0
+    gate_up = blocks(intermediate_size, 16) * blocks(hidden_size, 2) * 32 * 2 * 2
+    down = blocks(hidden_size, 32) * blocks(intermediate_size, 2) * 32 * 2 * 2
+    biases = (blocks(intermediate_size, 16) + blocks(hidden_size, 32)) * 32 * 4 if bias else 0
     return gate_up + down + biases
 
 
