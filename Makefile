@@ -11,7 +11,7 @@ READY  := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
 
-.PHONY: demo test check test-gpu test-sanitizers plans golden clean
+.PHONY: demo test check test-gpu test-sanitizers plans models golden clean
 
 # torch goes first: with it in place, no other requirement can pull in a different build of it.
 $(READY): pyproject.toml constraints.txt
@@ -65,6 +65,11 @@ plans: $(READY)
 	$(BIN)/fiddlerc compile mixtral --hw a100 --no-build -o plans/mixtral-8x7b-a100
 	$(BIN)/fiddlerc compile $(MODEL) --hw epyc-zen5-2c --trace $(MODEL)-trace.safetensors \
 	  --gpu-memory 43MiB --context 1024 --no-build -o plans/tiny-mixtral-epyc-zen5-2c
+
+# docs/models.md: what the families' tests find, written down.
+models: $(READY)
+	$(BIN)/pytest -q tests/unit/test_hf_families.py --update-golden
+	$(BIN)/python -m tests.models_document
 
 golden: $(READY)
 	$(BIN)/pytest -q tests/golden --update-golden

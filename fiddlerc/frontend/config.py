@@ -28,6 +28,27 @@ class Config:
             raise self.wrong(key, value, "a positive integer")
         return value
 
+    def count(self, key: str) -> int:
+        """An integer from 0; absent or null is 0."""
+        value = config_value(self.values, key)
+        if value is None:
+            return 0
+        if type(value) is not int or not 0 <= value <= _LARGEST:
+            raise self.wrong(key, value, "an integer from 0")
+        return value
+
+    def given(self, key: str) -> Any:
+        """Whatever is there; None if it is absent or null."""
+        return config_value(self.values, key)
+
+    def is_null(self, key: str) -> bool:
+        """Whether the key is there with the value null."""
+        return key in self.values and self.values[key] is None
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Config:
+        """The same, with values for keys that are absent."""
+        return Config({**defaults, **self.values}, self.where)
+
     def text(self, key: str) -> str:
         """Text that must be there."""
         value = self.values.get(key)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fiddler_runtime.errors import FiddlerError
-from fiddler_runtime.plan import packed_bytes
 from fiddler_runtime.text import format_bytes
 
 from ..ir import MemoryBudget, MemoryItem, ModelSpec, Options
@@ -28,13 +27,17 @@ def count_memory(spec: ModelSpec, options: Options, *, prefetching: bool = False
     total = options.gpu_memory_bytes
     cached = options.context * options.batch
     alive = min(cached, PREFILL_TOKENS)
-    packed = packed_bytes(spec.hidden_size, spec.intermediate_size)
+    packed = spec.expert.packed_bytes
+    cache = options.batch * spec.cache_bytes(options.context)
     fixed: tuple[MemoryItem, ...] = (
         MemoryItem("non-expert weights", spec.non_expert_bytes),
-        MemoryItem(f"KV cache ({options.batch} x {options.context} tokens)", cached * spec.kv_bytes_per_token),
+        MemoryItem(f"KV cache ({options.batch} x {options.context} tokens)", cache),
         MemoryItem(f"activations ({alive} tokens)", alive * spec.workspace_bytes_per_token),
         MemoryItem("staging of streamed experts", STAGING_SLOTS * spec.expert_bytes + packed),
     )
+    if spec.expanded_bytes_per_token:
+        expanded = cached * spec.expanded_bytes_per_token
+        fixed = (*fixed, MemoryItem(f"keys and values of a layer ({cached} tokens)", expanded))
     if prefetching:
         fixed = (*fixed, MemoryItem("staging of prefetched experts", spec.expert_bytes))
     used = sum(item.bytes for item in fixed)

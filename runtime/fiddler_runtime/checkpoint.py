@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,11 +14,11 @@ from typing import Any
 import torch
 
 from . import strict
-from .errors import FiddlerError
+from .errors import FiddlerError, FiddlerWarning
 from .plan import ModelSpec
 from .safetensors_header import DOWNLOAD_AGAIN, TensorInfo, read_header
 
-__all__ = ["Checkpoint", "TensorInfo", "check_identity", "config_value", "has_weights", "read_config"]
+__all__ = ["Checkpoint", "TensorInfo", "check_identity", "config_value", "expert_shapes", "has_weights", "read_config"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -30,6 +31,7 @@ class Checkpoint:
 
     def __init__(self, model_dir: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self.model_dir = model_dir
+        self._told = False
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
 
     @staticmethod
@@ -60,18 +62,25 @@ class Checkpoint:
             )
         if tuple(out.shape) != info.shape:
             raise FiddlerError(f"the tensor {name} has another shape", found=list(info.shape), expected=list(out.shape))
+        self.read_part(name, 0, out)
+
+    def read_part(self, name: str, first: int, out: torch.Tensor) -> None:
+        """Reads out.numel() consecutive elements, from the element `first` on; otherwise as `read_into`."""
+        info = self.tensors[name]
+        if not 0 <= first <= info.elements - out.numel():
+            raise ValueError(f"{name} has {info.elements} elements, not {first} + {out.numel()}")
         if info.torch_dtype != out.dtype:
             raise FiddlerError(f"the tensor {name} has another dtype", found=info.torch_dtype, expected=out.dtype)
         if out.device.type != "cpu" or not out.is_contiguous():
             raise ValueError("read_into needs a contiguous tensor on the CPU")
-        if info.nbytes == 0:
+        if out.numel() == 0:
             return
         memory = out.detach().view(-1).view(torch.uint8).numpy().data
         try:
             # A descriptor of its own and pread: no shared file offset, nothing to close later.
             descriptor = os.open(info.file, os.O_RDONLY)
             try:
-                _read_exactly(descriptor, memory, info)
+                _read_exactly(descriptor, memory, info, info.offset + first * out.element_size())
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -80,22 +89,25 @@ class Checkpoint:
     def check_experts(self, spec: ModelSpec) -> None:
         """Raises FiddlerError unless every routed expert of `spec` is here, in the right shape and a float dtype.
 
-        A missing tensor is named together with how many are missing.
+        A missing tensor is named together with how many are missing. Warns (FiddlerWarning), once, if experts are not
+        stored in bf16.
         """
-        names = spec.expert_tensors
-        wide = (spec.intermediate_size, spec.hidden_size)
-        expected = {
-            pattern.format(layer=layer, expert=expert): shape
-            for layer in spec.moe_layers
-            for expert in range(spec.num_experts)
-            for pattern, shape in ((names.gate, wide), (names.up, wide), (names.down, wide[::-1]))
-        }
+        expected = expert_shapes(spec)
         self.check_tensors(expected)
+        dtypes = {self.tensors[name].torch_dtype for name in expected} - {torch.bfloat16}
+        if dtypes and not self._told:
+            self._told = True
+            found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            message = (
+                f"the experts of {self.model_dir} are stored as {found}: they are rounded to bf16 while they are read"
+            )
+            warnings.warn(message, FiddlerWarning, stacklevel=2)
 
     def check_tensors(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raises FiddlerError unless tensors of these names, of these shapes and of a float dtype are here."""
         missing = [name for name in expected if name not in self.tensors]
         if missing:
+            self._refuse_quantised(missing[0])
             raise FiddlerError(
                 f"the checkpoint {self.model_dir} is incomplete",
                 found=f"no tensor {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
@@ -112,6 +124,40 @@ class Checkpoint:
                     hint="download the model again",
                 )
             _ = info.torch_dtype  # raises for what is not plain floating weights
+
+    def _refuse_quantised(self, missing: str) -> None:
+        """Raises FiddlerError if what stands in for a missing tensor is its quantised form."""
+        base = missing.removesuffix(".weight")
+        for ending, what in _QUANTISED_ENDINGS.items():
+            if base + ending in self.tensors:
+                raise FiddlerError(
+                    f"the checkpoint {self.model_dir} is quantised",
+                    found=f"{base}{ending} ({what})",
+                    expected=missing,
+                    hint="use the model's bf16 release, or convert it with transformers (dequantize=True)",
+                )
+
+
+_QUANTISED_ENDINGS = {"_blocks": "MXFP4", ".qweight": "INT4: GPTQ or AWQ", ".weight_packed": "packed INT4"}
+
+
+def expert_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Checkpoint name -> shape of every tensor that holds routed experts, in the order of layers and experts."""
+    names = spec.expert_tensors
+    rows, width = spec.intermediate_size, spec.hidden_size
+    both = 2 * rows if names.gate == names.up else rows
+    matrices = {names.gate: (both, width), names.up: (both, width), names.down: (width, rows)}
+    shapes: dict[str, tuple[int, ...]] = {
+        name: shape[::-1] if names.transposed else shape for name, shape in matrices.items()
+    }
+    if names.gate_bias:
+        shapes |= {names.gate_bias: (both,), names.up_bias: (both,), names.down_bias: (width,)}
+    return {
+        pattern.format(layer=layer, expert=expert): shape if "{expert}" in pattern else (spec.num_experts, *shape)
+        for layer in spec.moe_layers
+        for expert in range(spec.num_experts)
+        for pattern, shape in shapes.items()
+    }
 
 
 def has_weights(model_dir: Path) -> bool:
@@ -233,16 +279,16 @@ def _disagree(what: str, found: str, expected: str) -> FiddlerError:
     )
 
 
-def _read_exactly(descriptor: int, memory: memoryview, info: TensorInfo) -> None:
+def _read_exactly(descriptor: int, memory: memoryview, info: TensorInfo, offset: int) -> None:
     done = 0
     # One call reads at most 2 GiB, and may read less.
-    while done < info.nbytes:
-        count = os.preadv(descriptor, [memory[done:]], info.offset + done)
+    while done < len(memory):
+        count = os.preadv(descriptor, [memory[done:]], offset + done)
         if count == 0:
             raise FiddlerError(
                 f"{info.file} was truncated while it was read",
                 found=f"{done} bytes of {info.name}",
-                expected=info.nbytes,
+                expected=len(memory),
                 hint=DOWNLOAD_AGAIN,
             )
         done += count

@@ -13,7 +13,7 @@ import torch
 
 from .checkpoint import Checkpoint, check_identity
 from .errors import FiddlerError
-from .plan import ModelSpec
+from .plan import ExpertTensors, ModelSpec
 
 
 class ExpertWeights(ABC):
@@ -61,20 +61,19 @@ class ExpertWeights(ABC):
 
 
 class CheckpointWeights(ExpertWeights):
-    """Experts read from safetensors shards, straight into the tensors asked for."""
+    """Experts read from safetensors shards, straight into the tensors asked for where the order on disk permits."""
 
     def __init__(self, model_dir: Path) -> None:
         self._model_dir = model_dir
         self._checkpoint = Checkpoint.open(model_dir)
-        self._names: tuple[str, str, str] = ("", "", "")
-        # Checkpoints of another floating type are read here and then rounded to bf16: at most one matrix.
-        self._other: torch.Tensor | None = None
+        self._names: ExpertTensors | None = None
+        # What is stored otherwise is read here, then rearranged or rounded to bf16: at most one expert's gate and up.
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
     def check(self, spec: ModelSpec) -> None:
         check_identity(spec, self._model_dir)
         self._checkpoint.check_experts(spec)
-        names = spec.expert_tensors
-        self._names = (names.gate, names.up, names.down)
+        self._names = spec.expert_tensors
 
     def read(
         self,
@@ -85,17 +84,48 @@ class CheckpointWeights(ExpertWeights):
         down: torch.Tensor,
         biases: Sequence[torch.Tensor] = (),
     ) -> None:
-        for pattern, out in zip(self._names, (gate, up, down), strict=True):
-            name = pattern.format(layer=layer, expert=expert)
-            dtype = self._checkpoint.tensors[name].torch_dtype
-            if dtype == torch.bfloat16:
-                self._checkpoint.read_into(name, out)
-                continue
-            if self._other is None or self._other.dtype != dtype or self._other.numel() < out.numel():
-                self._other = torch.empty(out.numel(), dtype=dtype)
-            stored = self._other[: out.numel()].view(out.shape)
-            self._checkpoint.read_into(name, stored)
-            out.copy_(stored)
+        names = self._names
+        assert names is not None, "check() comes first"
+
+        def read(pattern: str, *parts: torch.Tensor) -> None:
+            self._read(pattern.format(layer=layer, expert=expert), expert * ("{expert}" not in pattern), parts, names)
+
+        def read_pair(first: str, second: str, a: torch.Tensor, b: torch.Tensor) -> None:
+            if first == second:
+                read(first, a, b)
+            else:
+                read(first, a)
+                read(second, b)
+
+        read_pair(names.gate, names.up, gate, up)
+        read(names.down, down)
+        if biases:
+            read_pair(names.gate_bias, names.up_bias, biases[0], biases[1])
+            read(names.down_bias, biases[2])
+
+    def _read(self, name: str, index: int, parts: Sequence[torch.Tensor], names: ExpertTensors) -> None:
+        """Fills `parts`, which lie in one tensor, of the expert with that index in it."""
+        dtype = self._checkpoint.tensors[name].torch_dtype
+        size = parts[0].numel()
+        start = index * size * len(parts)
+        turned = names.transposed and parts[0].dim() == 2
+        mixed = names.interleaved and len(parts) == 2
+        if dtype == torch.bfloat16 and not turned and not mixed:
+            for place, part in enumerate(parts):
+                self._checkpoint.read_part(name, start + place * size, part)
+            return
+        stored = self._room(dtype, size * len(parts))
+        self._checkpoint.read_part(name, start, stored)
+        rows, *columns = parts[0].shape
+        matrix = stored.view(*columns, len(parts) * rows).t() if turned else stored.view(len(parts) * rows, *columns)
+        for place, part in enumerate(parts):
+            part.copy_(matrix[place :: len(parts)] if mixed else matrix[place * rows : (place + 1) * rows])
+
+    def _room(self, dtype: torch.dtype, elements: int) -> torch.Tensor:
+        room = self._scratch.get(dtype)
+        if room is None or room.numel() < elements:
+            room = self._scratch[dtype] = torch.empty(elements, dtype=dtype)
+        return room[:elements]
 
 
 class RandomWeights(ExpertWeights):

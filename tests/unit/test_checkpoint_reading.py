@@ -150,5 +150,5 @@ def test_an_expert_that_is_not_there(tmp_path: Path) -> None:
     gone = spec.expert_tensors.up.format(layer=1, expert=4)
     del tensors[gone]
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(FiddlerError, match=f"found no tensor {gone}, expected all 36"):
+    with pytest.raises(FiddlerError, match=f"found no tensor {gone}, expected all 54"):
         Checkpoint.open(folder).check_experts(spec)

@@ -89,7 +89,8 @@ def test_a_split_expert_gives_what_a_whole_one_gives(tmp_path: Path, experts) ->
 
 def test_a_split_expert_with_biases_adds_each_once(tmp_path: Path) -> None:
     """gpt-oss's form of experts on every lane and in two halves, against float64."""
-    spec = replace(SPEC, hidden_size=129, activation="gptoss", expert_bias=True)
+    names = replace(SPEC.expert_tensors, gate_bias="{layer}.g", up_bias="{layer}.u", down_bias="{layer}.d")
+    spec = replace(SPEC, hidden_size=129, activation="gptoss", expert_bias=True, expert_tensors=names)
     generator = torch.Generator().manual_seed(1)
     keys = [(layer, e) for layer in spec.moe_layers for e in range(spec.num_experts)]
     made = {key: random_expert((129, 200), generator, bias=True) for key in keys}

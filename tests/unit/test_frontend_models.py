@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_families import FAMILIES, TINY_MIXTRAL, edit_config, save_family
+from tiny_families import DISCOVERED, FAMILIES, TINY_MIXTRAL, edit_config, save_family
 
-from fiddler_runtime.checkpoint import Checkpoint, check_identity, read_config
-from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.checkpoint import Checkpoint, check_identity, expert_shapes, read_config
+from fiddler_runtime.errors import FiddlerError, FiddlerWarning
+from fiddler_runtime.lanes.expert import UnpackedExpert, activate
+from fiddler_runtime.weights import ExpertWeights
 from fiddlerc.frontend import load_model, zoo, zoo_names
+from fiddlerc.frontend.discovery import discover
 from fiddlerc.frontend.huggingface import describe
 
 
@@ -49,40 +53,48 @@ def test_demo_model() -> None:
 def test_every_tensor_of_a_saved_model_is_accounted_for(families: dict[str, Path], family: str) -> None:
     folder = families[family]
     spec, sizes = describe(read_config(folder), name=family, where="config.json")
-    wide = (spec.intermediate_size, spec.hidden_size)
-    names = spec.expert_tensors
-    expected = sizes.non_expert_tensors() | {
-        pattern.format(layer=layer, expert=expert): shape
-        for layer in spec.moe_layers
-        for expert in range(spec.num_experts)
-        for pattern, shape in ((names.gate, wide), (names.up, wide), (names.down, wide[::-1]))
-    }
+    expected = sizes.non_expert_tensors() | expert_shapes(spec)
     assert {name: info.shape for name, info in Checkpoint.open(folder).tensors.items()} == expected
     assert load_model(str(folder)) == spec
 
 
 def test_gate_up_and_down_are_not_mixed_up(families: dict[str, Path]) -> None:
-    """transformers keeps [gate; up] in one tensor: the order on disk must be the one that the spec names."""
+    """What is read for one expert is what transformers computes with, whatever the order on disk."""
     import torch
     import transformers
 
     for family, folder in families.items():
         spec = load_model(str(folder))
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        checkpoint = Checkpoint.open(folder)
+        weights = ExpertWeights.load(folder)
+        weights.check(spec)
         layer, expert = spec.moe_layers[-1], spec.num_experts - 1
         experts = next(
             m for n, m in model.named_modules() if hasattr(m, "is_concatenated") and f".layers.{layer}." in n
         )
-        gate, up = experts.gate_up_proj[expert].chunk(2)
-        for pattern, weight in zip(
-            (spec.expert_tensors.gate, spec.expert_tensors.up, spec.expert_tensors.down),
-            (gate, up, experts.down_proj[expert]),
-            strict=True,
-        ):
-            stored = torch.empty(weight.shape, dtype=torch.bfloat16)
-            checkpoint.read_into(pattern.format(layer=layer, expert=expert), stored)
-            assert torch.equal(stored, weight), (family, pattern)
+        read = UnpackedExpert.empty(spec.expert)
+        weights.read(layer, expert, *read.matrices, read.biases)
+        x = torch.randn(5, spec.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
+        gate, up = torch.nn.functional.linear(x, read.gate_up, read.gate_up_bias).chunk(2, dim=-1)
+        inner = activate(spec.activation, gate, up)
+        ours = torch.nn.functional.linear(inner, read.down, read.down_bias)
+        experts.config._experts_implementation = "eager"
+        with torch.no_grad():
+            theirs = experts(x, torch.full((5, 1), expert), torch.ones(5, 1, dtype=torch.bfloat16))
+        # Two orders of rounding the same sums to bf16.
+        assert torch.allclose(ours, theirs, rtol=2.0**-5, atol=2.0**-5), family
+
+
+def test_the_table_and_transformers_tell_the_same(families: dict[str, Path]) -> None:
+    """A family's row against what is found out about it without one: shapes, names, order, activation, cache."""
+    for family, folder in families.items():
+        row = load_model(str(folder))
+        found = discover(folder, read_config(folder), name=row.name)
+        # Of the activations' memory both give a bound of their own.
+        loose = {"workspace_bytes_per_token": row.workspace_bytes_per_token, "identity": row.identity}
+        assert replace(found, **loose) == row, family
+        assert row.workspace_bytes_per_token <= found.workspace_bytes_per_token
+        assert row.identity.items() <= {**read_config(folder), **found.identity, **row.identity}.items()
 
 
 def test_layers_without_experts(families: dict[str, Path]) -> None:
@@ -104,30 +116,51 @@ def test_built_in_models_have_the_sizes_that_transformers_gives_them(name: str) 
 
     spec = load_model(name)
     values = dict(zoo.entry_of(name)["config"])
+    values["model_type"] = {"kimi_k2": "deepseek_v3"}.get(values["model_type"], values["model_type"])
     config = transformers.CONFIG_MAPPING[values.pop("model_type")](**values)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-    others = sum(p.numel() for n, p in model.named_parameters() if ".experts." not in n)
+    tensors = {id(t): (n, t.numel()) for n, t in model.state_dict(keep_vars=True).items()}.values()  # tied ones once
+    experts = sum(size for n, size in tensors if ".experts." in n)
+    others = sum(size for n, size in tensors if ".experts." not in n)
     assert spec.non_expert_bytes == 2 * others
     assert len(spec.moe_layers) * spec.num_experts * spec.expert_bytes == 2 * experts
     assert type(model).__name__ == spec.architecture
 
 
-def test_built_in_sizes_as_published() -> None:
-    """Hidden, intermediate, experts, top-k and layers as the models' papers and cards give them."""
-    sizes = {
-        name: (s.name, s.hidden_size, s.intermediate_size, s.num_experts, s.top_k, s.num_layers)
-        for name in zoo_names()
-        for s in (load_model(name),)
-    }
-    assert sizes == {
-        "mixtral": ("mixtral-8x7b", 4096, 14336, 8, 2, 32),
-        "mixtral-8x22b": ("mixtral-8x22b", 6144, 16384, 8, 2, 56),
-        "olmoe": ("olmoe-1b-7b", 2048, 1024, 64, 8, 16),
-        "phi-3.5-moe": ("phi-3.5-moe", 4096, 6400, 16, 2, 32),
-        "qwen3-30b-a3b": ("qwen3-30b-a3b", 2048, 768, 128, 8, 48),
-    }
+# In thousand millions, as the models' cards give them: total and active per token.
+PUBLISHED = {
+    "deepseek-v2": (236, 21),
+    "deepseek-v2-lite": (15.7, 2.4),
+    "deepseek-v3": (671, 37),
+    "glm-4.5": (355, 32),
+    "glm-4.5-air": (106, 12),
+    "gpt-oss-120b": (116.8, 5.1),
+    "gpt-oss-20b": (20.9, 3.6),
+    "granite-3.1-1b-a400m": (1.3, 0.4),
+    "granite-3.1-3b-a800m": (3.3, 0.8),
+    "kimi-k2": (1026, 32),
+    "minimax-m2": (230, 10),
+    "mixtral": (46.7, 12.9),
+    "mixtral-8x22b": (141, 39),
+    "olmoe": (6.9, 1.3),
+    "phi-3.5-moe": (41.9, 6.6),
+    "qwen1.5-moe-a2.7b": (14.3, 2.7),
+    "qwen2-57b-a14b": (57.4, 14),
+    "qwen3-235b-a22b": (235, 22),
+    "qwen3-30b-a3b": (30.5, 3.3),
+}
+
+
+@pytest.mark.parametrize("name", zoo_names())
+def test_built_in_models_have_as_many_parameters_as_published(name: str) -> None:
+    """Cards round, and count embeddings among the active ones or not."""
+    spec = load_model(name)
+    total, active = PUBLISHED[name]
+    others, experts = spec.non_expert_bytes / 2e9, len(spec.moe_layers) * spec.expert_bytes / 2e9
+    assert abs(others + experts * spec.num_experts - total) <= max(0.01 * total, 0.05)
+    embeddings = 2 * spec.vocab_size * spec.hidden_size / 1e9
+    assert active - 0.05 * active - 0.05 <= others + experts * spec.top_k <= active * 1.05 + embeddings + 0.05
 
 
 def test_a_model_answers_to_its_own_name_too() -> None:
@@ -205,12 +238,59 @@ def test_config_that_is_no_json_object(tmp_path: Path, text: str) -> None:
     assert "config.json" in error_of(tmp_path).what
 
 
-def test_unknown_architecture_lists_the_known_ones(demo: Path) -> None:
-    edit_config(demo, model_type="dbrx")
+def test_an_unknown_architecture_is_refused_by_name(demo: Path) -> None:
+    edit_config(demo, model_type="no_such_model")
     error = error_of(demo)
     assert "unknown architecture" in error.what
-    assert error.found == "model_type dbrx"
-    assert error.expected == "one of mixtral, phimoe, olmoe, qwen3_moe"
+    assert error.found == "model_type no_such_model"
+    assert "docs/models.md" in str(error.hint)
+
+
+@pytest.mark.parametrize(("family", "config", "found"), [
+    ("llama", {"intermediate_size": 96}, "has no experts that go through transformers' experts registry"),
+    ("nemotron_h", {"layers_block_type": ["moe", "attention"], "n_routed_experts": 4, "moe_intermediate_size": 48,
+                    "moe_shared_expert_intermediate_size": 32}, "has experts without a gate"),
+    ("deepseek_v4", None, "has experts with an activation of its own"),
+    ("qwen3_vl_moe", None, "writes no text, or not from text alone"),
+    ("lfm2_moe", {"layer_types": ["no_such_layer"] * 2}, "cannot be built by transformers"),
+])  # fmt: skip
+def test_models_that_cannot_run_are_refused_with_what_is_missing(
+    tmp_path: Path, family: str, config: dict[str, Any] | None, found: str
+) -> None:
+    import transformers
+
+    common = {} if config is None else {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128, **config}
+    values = {**transformers.CONFIG_MAPPING[family]().to_diff_dict(), "model_type": family, **common}
+    (tmp_path / "config.json").write_text(json.dumps(values, default=str))
+    error = error_of(tmp_path)
+    assert found in str(error.found)
+    assert error.expected is not None
+    assert "docs/models.md" in str(error.hint)
+
+
+def test_without_transformers_other_families_cannot_be_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    folder = save_family("qwen3_next", tmp_path / "m")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    error = error_of(folder)
+    assert error.found == "model_type qwen3_next, and no transformers"
+    assert error.hint == "pip install 'fiddlerc[hf]'"
+
+
+@pytest.mark.parametrize("family", DISCOVERED)
+def test_families_without_a_row_are_found_out(tmp_path: Path, family: str) -> None:
+    folder = save_family(family, tmp_path / "m")
+    spec = load_model(str(folder))
+    stored = {name: info.shape for name, info in Checkpoint.open(folder).tensors.items()}
+    experts = expert_shapes(spec)
+    assert experts.items() <= stored.items()
+    elements = sum(info.elements for name, info in Checkpoint.open(folder).tensors.items() if name not in experts)
+    assert spec.non_expert_bytes == 2 * elements
+    (folder / "model.safetensors").unlink()
+    assert load_model(str(folder)) == spec, "weights are not needed"
 
 
 def test_a_classifier_is_not_a_language_model(demo: Path) -> None:
@@ -231,7 +311,7 @@ def test_missing_key(demo: Path, key: str) -> None:
 
 @pytest.mark.parametrize("changes", [
     {"hidden_size": "128"}, {"hidden_size": 0}, {"hidden_size": -1}, {"hidden_size": True}, {"hidden_size": 1.5},
-    {"hidden_size": 2**40}, {"num_experts_per_tok": 9}, {"hidden_act": "gelu"}, {"hidden_act": 1}, {"head_dim": 0},
+    {"hidden_size": 2**40}, {"num_experts_per_tok": 9}, {"hidden_act": "relu"}, {"hidden_act": 1}, {"head_dim": 0},
     {"tie_word_embeddings": 1}, {"head_dim": None, "num_attention_heads": 3},
     {"architectures": "MixtralForCausalLM"}, {"quantization_config": {"quant_method": "fp8"}},
 ])  # fmt: skip
@@ -277,4 +357,5 @@ def test_config_and_weights_disagree(demo: Path) -> None:
 def test_fp16_and_sharded_checkpoints_are_fine(tmp_path: Path) -> None:
     folder = save_family("mixtral", tmp_path / "m", dtype="float16", shards="200KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    assert load_model(str(folder)).num_experts == 6
+    with pytest.warns(FiddlerWarning, match="stored as float16"):
+        assert load_model(str(folder)).num_experts == 6

@@ -66,6 +66,16 @@ def test_context_and_batch_cost_memory() -> None:
     assert count_memory(MIXTRAL, options(24 << 30, context=32768)).resident_experts < 55
 
 
+def test_windows_states_and_latent_vectors_are_counted() -> None:
+    """Short and beyond the window; a sequence's states once; a layer's keys and values made anew."""
+    model = replace(MIXTRAL, window=512, window_kv_bytes_per_token=1000, state_bytes=7, expanded_bytes_per_token=50)
+    for context, kept in ((128, 128), (512, 512), (4096, 512)):
+        items = {i.item: i.bytes for i in count_memory(model, options(24 << 30, context, batch=3)).items}
+        cache = 3 * (context * MIXTRAL.kv_bytes_per_token + kept * 1000 + 7)
+        assert items[f"KV cache (3 x {context} tokens)"] == cache
+        assert items[f"keys and values of a layer ({3 * context} tokens)"] == 3 * context * 50
+
+
 def test_prefetching_takes_one_more_slot() -> None:
     without, ahead = (count_memory(MIXTRAL, options(24 << 30), prefetching=on) for on in (False, True))
     assert {i.item: i.bytes for i in ahead.items}["staging of prefetched experts"] == MIXTRAL.expert_bytes

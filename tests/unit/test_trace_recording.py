@@ -90,10 +90,11 @@ def test_demo_model_against_its_routers(demo: Any, tokenizer: Any, traced: Trace
     assert traced.sequence.max() + 1 == len(texts) + len(chats)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# DeepSeek-V3 chooses within groups of experts, which its router's logits alone do not tell.
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"deepseek_v3"}))
 def test_every_family_against_its_routers(tmp_path: Path, tokenizer: Any, family: str) -> None:
     folder = save_family(family, tmp_path / family)
-    trace = trace_of(folder, [TEXT], max_tokens=150)
+    trace = trace_of(folder, [TEXT], max_tokens=150, batch=1)  # as below: another order tips what is nearly equal
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     ids = tokenizer(TEXT)["input_ids"]
     assert trace.experts is not None

@@ -62,6 +62,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return runtime_samples.write_sample_plan(tmp_path_factory.mktemp("plans") / "small", SPEC)
 
 
+@pytest.mark.filterwarnings("ignore:the experts of .* are stored as")
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_every_expert_arrives_where_the_plan_wants_it(plan: Plan, tmp_path: Path, shards: int, dtype: torch.dtype):

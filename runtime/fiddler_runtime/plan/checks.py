@@ -185,17 +185,32 @@ def _check_model(model: ModelSpec) -> None:
     if not inside or any(a >= b for a, b in pairwise(layers)):
         raise _bad("model.moe_layers", str(layers)[:60], f"one or more layers, increasing, below {model.num_layers}")
     check_patterns(model.expert_tensors)
-    for name in ("non_expert_bytes", "kv_bytes_per_token", "workspace_bytes_per_token"):
+    if bool(model.expert_tensors.gate_bias) != model.expert_bias:
+        raise _bad("model.expert_bias", model.expert_bias, "true exactly where the biases have names")
+    for name in (
+        "non_expert_bytes",
+        "kv_bytes_per_token",
+        "workspace_bytes_per_token",
+        "window",
+        "window_kv_bytes_per_token",
+        "state_bytes",
+        "expanded_bytes_per_token",
+    ):
         _not_negative(f"model.{name}", getattr(model, name))
 
 
 def check_patterns(names: ExpertTensors) -> None:
-    """Raises FiddlerError unless each name has {layer} and {expert} and nothing else in braces."""
-    for part in ("gate", "up", "down"):
+    """Raises FiddlerError unless each name has {layer}, may have {expert}, and nothing else in braces."""
+    for part in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
         pattern = getattr(names, part)
         rest = pattern.replace("{layer}", "").replace("{expert}", "")
-        if "{layer}" not in pattern or "{expert}" not in pattern or "{" in rest or "}" in rest:
-            raise _bad(f"model.expert_tensors.{part}", repr(pattern[:80]), "a name with {layer} and {expert} in it")
+        if ("{layer}" not in pattern or "{" in rest or "}" in rest) and (pattern or not part.endswith("_bias")):
+            raise _bad(f"model.expert_tensors.{part}", repr(pattern[:80]), "a name with {layer} in it")
+    biases = [bool(name) for name in (names.gate_bias, names.up_bias, names.down_bias)]
+    if len(set(biases)) > 1:
+        raise _bad("model.expert_tensors", "some biases without a name", "all three or none")
+    if names.interleaved and names.gate != names.up:
+        raise _bad("model.expert_tensors", "interleaved matrices of two names", "gate and up in one tensor")
 
 
 def _check_kernels(kernels: KernelSpec, model: ModelSpec) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -57,11 +57,22 @@ class ExpertForm:
 
 @dataclass(frozen=True)
 class ExpertTensors:
-    """Checkpoint names of one expert's matrices; {layer} and {expert} are filled in."""
+    """Where one expert's numbers are in a checkpoint; {layer} and {expert} are filled in.
+
+    Names without {expert} are of tensors that hold all experts of a layer, by their first dimension. One name for gate
+    and up: the tensor holds both, gate first. Empty names: experts have no biases.
+    transposed   matrices are [inputs, outputs] instead of [outputs, inputs]
+    interleaved  gate and up in one tensor alternate, output by output, instead of following each other
+    """
 
     gate: str
     up: str
     down: str
+    gate_bias: str = ""
+    up_bias: str = ""
+    down_bias: str = ""
+    transposed: bool = False
+    interleaved: bool = False
 
 
 _NOT_SIZES = ("name", "activation", "expert_bias", "expert_tensors")
@@ -75,8 +86,11 @@ class ModelSpec:
     expert_bias           whether routed experts have biases
     identity              config.json keys and values that a model directory must share to run with the plan
     non_expert_bytes      everything but the routed experts, in the model's dtype
-    kv_bytes_per_token    keys and values of all layers
+    kv_bytes_per_token    keys and values (or what attention keeps for them) of the layers that keep all tokens
     workspace_bytes_per_token  activations that live at once while a token is processed
+    window                tokens that the other layers keep, window_kv_bytes_per_token each; 0: there are none
+    state_bytes           what a sequence keeps whatever its length (recurrent and convolutional layers)
+    expanded_bytes_per_token  what attention makes anew of each cached token, one layer at a time
     """
 
     name: str
@@ -96,6 +110,15 @@ class ModelSpec:
     non_expert_bytes: int
     kv_bytes_per_token: int
     workspace_bytes_per_token: int
+    window: int = 0
+    window_kv_bytes_per_token: int = 0
+    state_bytes: int = 0
+    expanded_bytes_per_token: int = 0
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of one sequence's cache after so many tokens."""
+        kept = min(tokens, self.window)
+        return self.state_bytes + tokens * self.kv_bytes_per_token + kept * self.window_kv_bytes_per_token
 
     @property
     def expert(self) -> ExpertForm:
@@ -110,7 +133,12 @@ class ModelSpec:
     @property
     def fingerprint(self) -> str:
         """Identifies the architecture and sizes: what traces and step times depend on, not names, files or weights."""
-        sizes = {key: value for key, value in vars(self).items() if key not in _NOT_SIZES}
+        # A field that was added with a default leaves the models that have it as they were.
+        sizes = {
+            field.name: value
+            for field in fields(self)
+            if field.name not in _NOT_SIZES and (value := getattr(self, field.name)) != field.default
+        }
         return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:16]
 
 
