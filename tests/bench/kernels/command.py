@@ -94,8 +94,15 @@ def _measure_shape(
             )
             for tokens in args.tokens:
                 task = tasks.at(tokens)
-                errors = {c.name: check.require(c.name, tokens, task.errors(c)) for c in contenders}
-                race = Race(contenders, weights.count, task.call, task.work, task.first, probe_bytes)
+                errors = _check(contenders, task, tokens)
+                race = Race(
+                    [c for c in contenders if c.name in errors],
+                    weights.count,
+                    task.call,
+                    task.work,
+                    task.first,
+                    probe_bytes,
+                )
                 seconds = max(0.0, deadline - time.monotonic()) / left
                 race.run(limits, args.rounds, seconds, peaks, functools.partial(_progress, tokens))
                 row = table.row(race.samples, peaks)
@@ -133,13 +140,17 @@ def _prepare(
         count = shape.num_experts
         if count * shape.expert_bytes * layouts > budget:
             raise too_large(count * shape.expert_bytes * layouts, budget)
+        if count * shape.expert_bytes < 4 * machine.l3_bytes:
+            _say(
+                f"{shape.name}: all weights of this layer are less than four last-level caches: above 100% is possible"
+            )
     else:
         count = rotation(shape.expert_bytes, max(machine.l3_bytes, 1 << 25), budget, layouts)
     _say(f"{shape.name}: making {count} experts", end="")
     weights = random_weights(shape, count, generator)
     for contender in contenders:
         _say(f"\r{shape.name}: packing for {contender.name:20}", end="")
-        contender.prepare(weights, shape)
+        contender.prepare(weights, shape, args.layer)
     _say("\r" + " " * 60, end="\r")
     return weights
 
@@ -199,11 +210,22 @@ class _Layer:
         )
 
 
+def _check(contenders: Sequence[Contender], task: _Task, tokens: int) -> dict[str, float]:
+    """The error of each contender that can do this task; the others are named with the reason."""
+    errors = {}
+    for contender in contenders:
+        try:
+            errors[contender.name] = check.require(contender.name, tokens, task.errors(contender))
+        except RuntimeError as error:  # what a peer's operator raises for what it does not support
+            _say(f"{tokens} tokens without {contender.name}: {str(error).splitlines()[0]}")
+    return errors
+
+
 def _peers(args: argparse.Namespace, machine: Machine) -> list[Contender]:
     """Those asked for that can be had; the others are named with the reason."""
-    from tests.bench.peers.registry import load_peer
+    from tests.bench.peers.registry import PEERS, load_peer
 
-    asked = [name for name in args.peers if name != "none"]
+    asked = list(PEERS) if args.peers == ("all",) else [name for name in args.peers if name != "none"]
     if asked and args.isa is not None and args.isa != machine.isa[0]:
         _say(f"no peers: they use {machine.isa[0]} and have another roofline than {args.isa}")
         return []
@@ -212,7 +234,7 @@ def _peers(args: argparse.Namespace, machine: Machine) -> list[Contender]:
         try:
             found.append(load_peer(name))
         except (ImportError, OSError) as error:
-            _say(f"{name} is not installed here and is left out: {str(error).splitlines()[0]}")
+            _say(f"without {name}: {str(error).splitlines()[0]}")
     return found
 
 

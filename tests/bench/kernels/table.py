@@ -74,18 +74,20 @@ def pivot(rows: Sequence[Mapping[str, Any]]) -> str:
         out.append(f"\n{name} {shape['hidden_size']}x{shape['intermediate_size']}, {mode}, {threads} threads, {isa}\n")
         out.append("| % of roofline, tokens | " + " | ".join(str(m["tokens"]) for m in members) + " |")
         out.append("| --- " * (len(members) + 1) + "|")
-        contenders = list(members[0]["figures"])
+        contenders = list(dict.fromkeys(name for m in members for name in m["figures"]))
         for contender in contenders:
-            cells = [_cell(m["figures"][contender]) for m in members]
+            cells = [_cell(m["figures"].get(contender)) for m in members]
             out.append(f"| {contender} | " + " | ".join(cells) + " |")
         for contender in contenders[1:]:
-            ratios = [m["figures"][contender]["ours_times_faster"] for m in members]
+            ratios = [(m["figures"].get(contender) or {}).get("ours_times_faster") for m in members]
             out.append(
                 f"| times {contender} | " + " | ".join(f"{r['median']:.2f}" if r else "-" for r in ratios) + " |"
             )
     return "\n".join(out)
 
 
-def _cell(figures: Mapping[str, Any]) -> str:
+def _cell(figures: Mapping[str, Any] | None) -> str:
+    if figures is None:
+        return "-"
     mark = "?" if figures["rejected"] == figures["rounds"] else ""
     return f"{100 * figures['roofline']['median']:.0f}{mark}"
