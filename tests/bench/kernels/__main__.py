@@ -76,6 +76,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--memory", type=float, default=4, metavar="GIB", help="for weights; default: 4")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and machine record there, row by row")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline there")
+    parser.add_argument("--pool", action="store_true", help="measure the thread pool's latency instead")
+    parser.add_argument("--read", type=Path, nargs="+", metavar="JSON", help="measure nothing: print and plot these")
     return parser
 
 

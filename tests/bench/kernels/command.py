@@ -21,7 +21,7 @@ from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import Machine, this_machine
 
-from . import check, table
+from . import check, plot, pool, table
 from .contender import Contender, Ours, Weights, build_library, open_library, random_weights
 from .limits import Limits
 from .measure import Peaks, Race, regions
@@ -33,6 +33,19 @@ _ROUTINGS = 8
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.plot:
+        plot.require_matplotlib()
+    if args.read:
+        rows = [row for path in args.read for row in _read(path)]
+        print(table.pivot(rows))
+        if args.plot:
+            plot.draw(rows, args.plot)
+        return
+    if args.pool:
+        rows = [row for threads in args.threads for row in pool.measure(threads)]
+        print(pool.text(rows))
+        _write(args.json, {"machine": dataclasses.asdict(this_machine("none")), "pool": rows})
+        return
     shapes = [load_shape(name) for name in args.shapes]
     if args.build:
         _build(shapes, args.build)
@@ -59,9 +72,7 @@ def run(args: argparse.Namespace) -> None:
     _write(args.json, record)
     print(table.pivot(record["rows"]))
     if args.plot:
-        from .plot import draw
-
-        draw(record, args.plot)
+        plot.draw(record["rows"], args.plot)
 
 
 def _measure_shape(
@@ -247,6 +258,15 @@ def _build(shapes: Sequence[Shape], folder: Path) -> None:
         to.unlink(missing_ok=True)  # a process may have mapped the old one
         shutil.copyfile(library.path, to)
         print(to)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run's --json."""
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FiddlerError(f"cannot read {path}", found=repr(error), expected="what --json wrote") from None
+    return rows
 
 
 def _write(path: Path | None, record: dict[str, Any]) -> None:

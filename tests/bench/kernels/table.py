@@ -63,15 +63,22 @@ def line(row: Mapping[str, Any]) -> str:
     return f"{row['tokens']:6} tokens: " + " | ".join(parts) + f" | {rounds} rounds, rejected {rejected}"
 
 
+def cases(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of each shape, mode, thread count and instruction set, by a title that says so, tokens ascending."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["tokens"]):
+        shape = row["shape"]
+        what = f"layer of {shape['num_experts']} experts, top-{shape['top_k']}" if row["mode"] == "layer" else "expert"
+        title = f"{shape['name']} {shape['hidden_size']}x{shape['intermediate_size']}, {what}"
+        found.setdefault(f"{title}, {row['threads']} threads, {row['isa']}", []).append(row)
+    return found
+
+
 def pivot(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: one table for each shape, mode and thread count; percent of roofline, contenders by tokens."""
-    groups: dict[tuple[str, str, int, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["shape"]["name"], row["mode"], row["threads"], row["isa"]), []).append(row)
     out = []
-    for (name, mode, threads, isa), members in groups.items():
-        shape = members[0]["shape"]
-        out.append(f"\n{name} {shape['hidden_size']}x{shape['intermediate_size']}, {mode}, {threads} threads, {isa}\n")
+    for title, members in cases(rows).items():
+        out.append(f"\n{title}\n")
         out.append("| % of roofline, tokens | " + " | ".join(str(m["tokens"]) for m in members) + " |")
         out.append("| --- " * (len(members) + 1) + "|")
         contenders = list(dict.fromkeys(name for m in members for name in m["figures"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from ..kernels.contender import Contender, Weights
 from ..kernels.shapes import Shape
 
-_LIBRARY = Path("build/peers-ggml/build/libggml_peer.so")
+_LIBRARY = Path(sys.prefix).parent / "peers-ggml" / "build" / "libggml_peer.so"  # beside the environment
 
 
 class Peer(Contender):
@@ -19,7 +20,7 @@ class Peer(Contender):
     packs = False
 
     def __init__(self) -> None:
-        native: Any = ctypes.CDLL(str(_LIBRARY.absolute()))
+        native: Any = ctypes.CDLL(str(_LIBRARY))
         pointer, long = ctypes.c_void_p, ctypes.c_int64
         native.ggml_peer_open.argtypes = (long, long, long, long, long, ctypes.c_int)
         native.ggml_peer_open.restype = pointer
