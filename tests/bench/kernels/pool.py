@@ -19,7 +19,7 @@ _HEADERS = Path(__file__).parents[3] / "templates" / "include"
 
 
 def measure(threads: int) -> list[dict[str, Any]]:
-    """Median and 99th percentile, in us, of an empty region and of one that all threads enter, by the gap between regions.
+    """Median and 99th percentile, in us, of empty regions and of regions that all threads enter, by the gap between.
 
     After 20 us the workers still spin; after 1,000 us they sleep and have to be woken.
     """
