@@ -35,6 +35,9 @@ _ROUTINGS = 8
 def run(args: argparse.Namespace) -> None:
     if args.plot:
         plot.require_matplotlib()
+    for path in filter(None, (args.json, args.plot)):
+        if not path.parent.is_dir():
+            raise FiddlerError(f"cannot write {path}", found="no such folder", hint=f"mkdir -p {path.parent}")
     if args.read:
         rows = [row for path in args.read for row in _read(path)]
         print(table.pivot(rows))
@@ -47,6 +50,15 @@ def run(args: argparse.Namespace) -> None:
         _write(args.json, {"machine": dataclasses.asdict(this_machine("none")), "pool": rows})
         return
     shapes = [load_shape(name) for name in args.shapes]
+    if args.experts:
+        for shape in shapes:
+            if args.experts < shape.top_k:
+                raise FiddlerError(
+                    f"too few experts for a layer of {shape.name}",
+                    found=args.experts,
+                    expected=f"at least {shape.top_k}",
+                )
+        shapes = [dataclasses.replace(shape, num_experts=args.experts) for shape in shapes]
     if args.build:
         _build(shapes, args.build)
         return
@@ -79,8 +91,6 @@ def _measure_shape(
     args: argparse.Namespace, shape: Shape, machine: Machine, peers: Sequence[Contender], deadline: float, left: int
 ) -> Iterator[dict[str, Any]]:
     """The rows of one shape, each as it is done."""
-    if args.experts:
-        shape = dataclasses.replace(shape, num_experts=args.experts)
     ours = Ours(open_library(args.library, shape) if args.library else build_library(shape), args.isa)
     contenders: list[Contender] = [ours]
     if args.against:
@@ -234,7 +244,7 @@ def _check(contenders: Sequence[Contender], task: _Task, tokens: int) -> dict[st
 
 def _peers(args: argparse.Namespace, machine: Machine) -> list[Contender]:
     """Those asked for that can be had; the others are named with the reason."""
-    from tests.bench.peers.registry import PEERS, load_peer
+    from ..peers.registry import PEERS, load_peer
 
     asked = list(PEERS) if args.peers == ("all",) else [name for name in args.peers if name != "none"]
     if asked and args.isa is not None and args.isa != machine.isa[0]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from fiddler_runtime.build import build_kernels
+from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.machine import usable_cores
 
 _REGIONS = 2000
 _GAPS_US = (0, 20, 1000)
@@ -23,6 +25,10 @@ def measure(threads: int) -> list[dict[str, Any]]:
 
     After 20 us the workers still spin; after 1,000 us they sleep and have to be woken.
     """
+    if threads > usable_cores():
+        raise FiddlerError(
+            "cannot measure the pool with more threads than CPUs", found=threads, expected=usable_cores()
+        )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         shutil.copytree(_SOURCES, folder, dirs_exist_ok=True)
