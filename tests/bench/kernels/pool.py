@@ -27,7 +27,7 @@ def measure(threads: int) -> list[dict[str, Any]]:
     """
     if threads > usable_cores():
         raise FiddlerError(
-            "cannot measure the pool with more threads than CPUs", found=threads, expected=usable_cores()
+            "more threads than CPUs tell nothing of the pool", found=threads, expected=f"at most {usable_cores()}"
         )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
