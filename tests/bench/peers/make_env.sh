@@ -32,7 +32,7 @@ done
 build_ggml() {
   mkdir -p $GGML
   if [ ! -d $GGML/$LLAMA ]; then
-    $BIN/pip download --quiet --no-deps --no-binary :all: --dest $GGML llama-cpp-python==0.3.36 || return
+    $BIN/pip download --quiet --no-deps --no-binary llama-cpp-python --dest $GGML llama-cpp-python==0.3.36 || return
     tar -xzf $GGML/$LLAMA.tar.gz -C $GGML || return
   fi
   $BIN/cmake -S tests/bench/peers/ggml -B $GGML/build -G Ninja -DCMAKE_MAKE_PROGRAM="$PWD/$BIN/ninja" \
