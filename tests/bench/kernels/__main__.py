@@ -65,7 +65,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--isa", choices=KNOWN_ISAS, help="default: the best that runs here")
     parser.add_argument("--layer", action="store_true", help="the whole MoE layer instead of one expert per call")
     parser.add_argument("--experts", type=int, help="of a layer, instead of the model's number")
-    parser.add_argument("--peers", type=names, default=("torch",), help="or none; default: torch")
+    parser.add_argument("--peers", type=names, default=("torch",), help="names, all or none; default: torch")
     parser.add_argument("--library", type=Path, help="measure this built library (file or folder), not this checkout's")
     parser.add_argument("--against", type=Path, help="and this one beside it")
     parser.add_argument(
@@ -76,6 +76,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--memory", type=float, default=4, metavar="GIB", help="for weights; default: 4")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and machine record there, row by row")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline there")
+    parser.add_argument("--pool", action="store_true", help="measure the thread pool's latency instead")
+    parser.add_argument("--read", type=Path, nargs="+", metavar="JSON", help="measure nothing: print and plot these")
     return parser
 
 

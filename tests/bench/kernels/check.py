@@ -11,9 +11,9 @@ from fiddler_runtime.errors import FiddlerError
 
 from .contender import Weights
 
-# bf16 rounds to 2^-9 of a value. Most peers round gate, up, their product and the output: four errors of random signs,
-# so up to 2^-8 of the norm is to be expected, and twice that is refused.
-TOLERANCE = 2.0**-7
+# bf16 rounds to 2^-9 of a value. Peers round gate, up, their product, the output, and in a layer each weighted sum. The
+# largest seen on the models' shapes is 0.0052, torch eager; on 48x40, where two experts of a token may cancel, 0.0096.
+TOLERANCE = 2.0**-6
 
 _ROWS = 1024  # of a matrix at a time: the fp32 copy of a whole one may be 900 MB
 

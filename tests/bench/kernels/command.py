@@ -21,7 +21,7 @@ from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import Machine, this_machine
 
-from . import check, table
+from . import check, plot, pool, table
 from .contender import Contender, Ours, Weights, build_library, open_library, random_weights
 from .limits import Limits
 from .measure import Peaks, Race, regions
@@ -33,7 +33,32 @@ _ROUTINGS = 8
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.plot:
+        plot.require_matplotlib()
+    for path in filter(None, (args.json, args.plot)):
+        if not path.parent.is_dir():
+            raise FiddlerError(f"cannot write {path}", found="no such folder", hint=f"mkdir -p {path.parent}")
+    if args.read:
+        rows = [row for path in args.read for row in _read(path)]
+        print(table.pivot(rows))
+        if args.plot:
+            plot.draw(rows, args.plot)
+        return
+    if args.pool:
+        rows = [row for threads in args.threads for row in pool.measure(threads)]
+        print(pool.text(rows))
+        _write(args.json, {"machine": dataclasses.asdict(this_machine("none")), "pool": rows})
+        return
     shapes = [load_shape(name) for name in args.shapes]
+    if args.experts:
+        for shape in shapes:
+            if args.experts < shape.top_k:
+                raise FiddlerError(
+                    f"too few experts for a layer of {shape.name}",
+                    found=args.experts,
+                    expected=f"at least {shape.top_k}",
+                )
+        shapes = [dataclasses.replace(shape, num_experts=args.experts) for shape in shapes]
     if args.build:
         _build(shapes, args.build)
         return
@@ -59,17 +84,13 @@ def run(args: argparse.Namespace) -> None:
     _write(args.json, record)
     print(table.pivot(record["rows"]))
     if args.plot:
-        from .plot import draw
-
-        draw(record, args.plot)
+        plot.draw(record["rows"], args.plot)
 
 
 def _measure_shape(
     args: argparse.Namespace, shape: Shape, machine: Machine, peers: Sequence[Contender], deadline: float, left: int
 ) -> Iterator[dict[str, Any]]:
     """The rows of one shape, each as it is done."""
-    if args.experts:
-        shape = dataclasses.replace(shape, num_experts=args.experts)
     ours = Ours(open_library(args.library, shape) if args.library else build_library(shape), args.isa)
     contenders: list[Contender] = [ours]
     if args.against:
@@ -94,8 +115,15 @@ def _measure_shape(
             )
             for tokens in args.tokens:
                 task = tasks.at(tokens)
-                errors = {c.name: check.require(c.name, tokens, task.errors(c)) for c in contenders}
-                race = Race(contenders, weights.count, task.call, task.work, task.first, probe_bytes)
+                errors = _check(contenders, task, tokens)
+                race = Race(
+                    [c for c in contenders if c.name in errors],
+                    weights.count,
+                    task.call,
+                    task.work,
+                    task.first,
+                    probe_bytes,
+                )
                 seconds = max(0.0, deadline - time.monotonic()) / left
                 race.run(limits, args.rounds, seconds, peaks, functools.partial(_progress, tokens))
                 row = table.row(race.samples, peaks)
@@ -133,13 +161,17 @@ def _prepare(
         count = shape.num_experts
         if count * shape.expert_bytes * layouts > budget:
             raise too_large(count * shape.expert_bytes * layouts, budget)
+        if count * shape.expert_bytes < 4 * machine.l3_bytes:
+            _say(
+                f"{shape.name}: all weights of this layer are less than four last-level caches: above 100% is possible"
+            )
     else:
         count = rotation(shape.expert_bytes, max(machine.l3_bytes, 1 << 25), budget, layouts)
     _say(f"{shape.name}: making {count} experts", end="")
     weights = random_weights(shape, count, generator)
     for contender in contenders:
         _say(f"\r{shape.name}: packing for {contender.name:20}", end="")
-        contender.prepare(weights, shape)
+        contender.prepare(weights, shape, args.layer)
     _say("\r" + " " * 60, end="\r")
     return weights
 
@@ -199,11 +231,22 @@ class _Layer:
         )
 
 
+def _check(contenders: Sequence[Contender], task: _Task, tokens: int) -> dict[str, float]:
+    """The error of each contender that can do this task; the others are named with the reason."""
+    errors = {}
+    for contender in contenders:
+        try:
+            errors[contender.name] = check.require(contender.name, tokens, task.errors(contender))
+        except RuntimeError as error:  # what a peer's operator raises for what it does not support
+            _say(f"{tokens} tokens without {contender.name}: {str(error).splitlines()[0]}")
+    return errors
+
+
 def _peers(args: argparse.Namespace, machine: Machine) -> list[Contender]:
     """Those asked for that can be had; the others are named with the reason."""
-    from tests.bench.peers.registry import load_peer
+    from ..peers.registry import PEERS, load_peer
 
-    asked = [name for name in args.peers if name != "none"]
+    asked = list(PEERS) if args.peers == ("all",) else [name for name in args.peers if name != "none"]
     if asked and args.isa is not None and args.isa != machine.isa[0]:
         _say(f"no peers: they use {machine.isa[0]} and have another roofline than {args.isa}")
         return []
@@ -212,7 +255,7 @@ def _peers(args: argparse.Namespace, machine: Machine) -> list[Contender]:
         try:
             found.append(load_peer(name))
         except (ImportError, OSError) as error:
-            _say(f"{name} is not installed here and is left out: {str(error).splitlines()[0]}")
+            _say(f"without {name}: {str(error).splitlines()[0]}")
     return found
 
 
@@ -225,6 +268,15 @@ def _build(shapes: Sequence[Shape], folder: Path) -> None:
         to.unlink(missing_ok=True)  # a process may have mapped the old one
         shutil.copyfile(library.path, to)
         print(to)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run's --json."""
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FiddlerError(f"cannot read {path}", found=repr(error), expected="what --json wrote") from None
+    return rows
 
 
 def _write(path: Path | None, record: dict[str, Any]) -> None:

@@ -66,8 +66,8 @@ class Contender:
     has_expert: ClassVar[bool] = True
     has_layer: ClassVar[bool] = True
 
-    def prepare(self, weights: Weights, shape: Shape) -> None:
-        """Once for each set of weights."""
+    def prepare(self, weights: Weights, shape: Shape, layer: bool) -> None:
+        """Once for each set of weights, for calls of `layer` or else of `expert`."""
         self.weights = weights
 
     def set_threads(self, threads: int) -> None:
@@ -108,7 +108,7 @@ class Ours(Contender):
         assert self._kernels is not None, "set_threads comes first"
         return self._kernels
 
-    def prepare(self, weights: Weights, shape: Shape) -> None:
+    def prepare(self, weights: Weights, shape: Shape, layer: bool) -> None:
         stride = -(-self.library.packed_bytes // 4096) * 4096
         self._packed = arena.allocate(weights.count * stride).view(weights.count, stride // 2)
         self._packed = self._packed[:, : self.library.packed_bytes // 2]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -55,6 +57,7 @@ class Race:
                 break
 
     def _sample(self, contender: Contender, limits: Limits, cursor: int) -> tuple[Sample, int]:
+        others = OtherLoad()
         before = self._probe(contender, limits, cursor)
         calls: list[Work] = []
         begin = time.perf_counter()
@@ -68,13 +71,34 @@ class Race:
                 break
         time.sleep(contender.settle())
         after = self._probe(contender, limits, cursor)
-        return Sample(seconds, tuple(calls), (before[0], after[0]), (before[1], after[1])), cursor
+        return Sample(seconds, tuple(calls), (before[0], after[0]), (before[1], after[1]), others.cpus()), cursor
 
     def _probe(self, contender: Contender, limits: Limits, cursor: int) -> tuple[float, float]:
         """Of the memory that the next call begins with and what follows, more than the last-level cache holds: the call
         does not find its first weights there."""
         first = self.first[cursor % len(self.work)]
         return limits.read_gbps(regions(contender, self.experts, first, self.probe_bytes)), limits.peak_gflops()
+
+
+class OtherLoad:
+    """CPU time that this process did not use, since its construction."""
+
+    _TICK_SECONDS = 0.02  # /proc/stat counts whole ticks of 10 ms, on two and more CPUs
+
+    def __init__(self) -> None:
+        self._wall, self._own, self._all = time.perf_counter(), time.process_time(), self._busy()
+
+    def cpus(self) -> float:
+        """CPUs on average. Ticks that may be our own are left out, so short loads on short intervals are not seen."""
+        others = (self._busy() - self._all) - (time.process_time() - self._own) - self._TICK_SECONDS
+        return max(0.0, others) / (time.perf_counter() - self._wall)
+
+    @staticmethod
+    def _busy() -> float:
+        """Seconds: user, nice, system, interrupts and what the hypervisor gave to others; not idle or waiting."""
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        user, nice, system, _, _, irq, softirq, steal = fields[:8]
+        return sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
 
 
 def regions(contender: Contender, experts: int, first: int, least_bytes: int) -> list[torch.Tensor]:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 DISTURBED = 0.9
 """A probe of the peak below this share of the best one shows that something else ran."""
 
+CROWDED = 0.1
+"""More CPUs than this that other processes used during the calls, on average."""
+
 SWITCHED = 0.85
 """Bandwidths before and after that differ more than this show that the memory changed its regime in between."""
 
@@ -29,12 +32,14 @@ class Sample:
     work         of each call
     read_gbps    bandwidth of the memory right before and after
     peak_gflops  of the multiply instruction right before and after
+    others       CPUs that other processes, and other virtual machines, used meanwhile
     """
 
     seconds: float
     work: tuple[Work, ...]
     read_gbps: tuple[float, float]
     peak_gflops: tuple[float, float]
+    others: float
 
     @property
     def bandwidth(self) -> float:
@@ -59,7 +64,7 @@ def least_seconds(work: Work, read_gbps: float, peak_gflops: float) -> float:
 
 def steady(sample: Sample, best_peak: float) -> bool:
     """Whether nothing else ran and, where memory can be the limit, its regime did not change."""
-    if min(sample.peak_gflops) < DISTURBED * best_peak:
+    if min(sample.peak_gflops) < DISTURBED * best_peak or sample.others > CROWDED:
         return False
     low, high = sorted(sample.read_gbps)
     if low >= SWITCHED * high:

@@ -63,29 +63,38 @@ def line(row: Mapping[str, Any]) -> str:
     return f"{row['tokens']:6} tokens: " + " | ".join(parts) + f" | {rounds} rounds, rejected {rejected}"
 
 
+def cases(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of each shape, mode, thread count and instruction set, by a title that says so, tokens ascending."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["tokens"]):
+        shape = row["shape"]
+        what = f"layer of {shape['num_experts']} experts, top-{shape['top_k']}" if row["mode"] == "layer" else "expert"
+        title = f"{shape['name']} {shape['hidden_size']}x{shape['intermediate_size']}, {what}"
+        found.setdefault(f"{title}, {row['threads']} threads, {row['isa']}", []).append(row)
+    return found
+
+
 def pivot(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: one table for each shape, mode and thread count; percent of roofline, contenders by tokens."""
-    groups: dict[tuple[str, str, int, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["shape"]["name"], row["mode"], row["threads"], row["isa"]), []).append(row)
     out = []
-    for (name, mode, threads, isa), members in groups.items():
-        shape = members[0]["shape"]
-        out.append(f"\n{name} {shape['hidden_size']}x{shape['intermediate_size']}, {mode}, {threads} threads, {isa}\n")
+    for title, members in cases(rows).items():
+        out.append(f"\n{title}\n")
         out.append("| % of roofline, tokens | " + " | ".join(str(m["tokens"]) for m in members) + " |")
         out.append("| --- " * (len(members) + 1) + "|")
-        contenders = list(members[0]["figures"])
+        contenders = list(dict.fromkeys(name for m in members for name in m["figures"]))
         for contender in contenders:
-            cells = [_cell(m["figures"][contender]) for m in members]
+            cells = [_cell(m["figures"].get(contender)) for m in members]
             out.append(f"| {contender} | " + " | ".join(cells) + " |")
         for contender in contenders[1:]:
-            ratios = [m["figures"][contender]["ours_times_faster"] for m in members]
+            ratios = [(m["figures"].get(contender) or {}).get("ours_times_faster") for m in members]
             out.append(
                 f"| times {contender} | " + " | ".join(f"{r['median']:.2f}" if r else "-" for r in ratios) + " |"
             )
     return "\n".join(out)
 
 
-def _cell(figures: Mapping[str, Any]) -> str:
+def _cell(figures: Mapping[str, Any] | None) -> str:
+    if figures is None:
+        return "-"
     mark = "?" if figures["rejected"] == figures["rounds"] else ""
     return f"{100 * figures['roofline']['median']:.0f}{mark}"

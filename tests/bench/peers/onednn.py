@@ -12,8 +12,8 @@ class Peer(Contender):
     name = "onednn"
     has_layer = False  # it has matrix products, no MoE layer
 
-    def prepare(self, weights: Weights, shape: Shape) -> None:
-        super().prepare(weights, shape)
+    def prepare(self, weights: Weights, shape: Shape, layer: bool) -> None:
+        super().prepare(weights, shape, layer)
         reorder = torch.ops.mkldnn._reorder_linear_weight
         self._experts = [
             tuple(reorder(w.contiguous()) for w in (*weights.gate_up[e].chunk(2), weights.down[e]))
