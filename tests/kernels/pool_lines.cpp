@@ -19,6 +19,7 @@
 #include <mutex>
 #include <new>
 #include <unordered_map>
+#include <vector>
 
 namespace counting {
 
@@ -91,6 +92,7 @@ using counted_atomic = counting::Atomic<T>;
 // All headers that the pool includes are above: from here on its std::atomic is the counting one.
 #define atomic counted_atomic
 #include "pool.hpp"
+#include "stage.hpp"
 #undef atomic
 
 int main(int count, char** arguments) {
@@ -99,19 +101,21 @@ int main(int count, char** arguments) {
   const int64_t total = std::atoll(arguments[2]);
   fdl::Pool pool(threads);
   if (!pool.start(nullptr)) return 1;
-  fdl::Tasks tasks;
+  fdl::Stage stage(pool);
   std::atomic<int64_t> ran{0};
   std::atomic<int> inside{0};
-  auto job = [&](int) {
+  auto job = [&](int thread) {
     // The threads of a large machine work side by side; on this one they have to be told to.
     inside.fetch_add(1);
     while (inside.load() < threads) sched_yield();
-    tasks.work_off(pool, [&](int64_t) {
+    stage.work_off(thread, [&](int64_t, int64_t) {
       ran.fetch_add(1);
       sched_yield();
     });
   };
-  tasks.reset(total);
+  stage.begin(threads);
+  stage.add_wave(total);
+  stage.seal();
   counting::counts = true;
   if (!pool.run(job)) return 1;
   counting::counts = false;

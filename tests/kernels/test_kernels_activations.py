@@ -216,9 +216,9 @@ def test_pack_and_unpack_are_exact(activation: Activation, bias: bool) -> None:
     for unpacked in (found, on_device):
         parts = (*unpacked.matrices, *unpacked.biases)
         assert all(torch.equal(a, b) for a, b in zip(parts, wanted, strict=True))
-    if bias:  # documented: 64 fp32 a block, gate before up, zeros for what is not there
-        tail = packed.view(torch.float32)[-(7 + 3) * 64 :].view(-1, 64)
-        gates, ups, downs = tail[:7, :32].flatten(), tail[:7, 32:].flatten(), tail[7:].flatten()
+    if bias:  # documented: 32 fp32 a block, gate before up, zeros for what is not there
+        tail = packed.view(torch.float32)[-(13 + 5) * 32 :].view(-1, 32)
+        gates, ups, downs = tail[:13, :16].flatten(), tail[:13, 16:].flatten(), tail[13:].flatten()
         for stored, given in zip((gates, ups, downs), expert.biases, strict=True):
             assert torch.equal(stored[: len(given)], given.float())
             assert not stored[len(given) :].any()
