@@ -12,18 +12,19 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from fiddler_runtime.kernels import Kernels, empty_packed, make_pointers
 from fiddler_runtime.lanes.device import Device, run_expert, unpack_expert_into
 from fiddler_runtime.lanes.routing import route
-from fiddler_runtime.makespan import RESIDENT
+from fiddler_runtime.makespan import CPU, RESIDENT
 from fiddler_runtime.plan import packed_bytes
 
 from .sampling import Timed
 
 _BF16 = torch.bfloat16
-_PAUSE_S = 3e-4  # about a layer's attention of a small model
-_PAUSE_BYTES = 8 << 20
+_ATTENTION_S = 3e-4  # about a layer's attention of a small model
+_ATTENTION_BYTES = 8 << 20
 
 
 def random_weights(nbytes: int) -> torch.Tensor:
@@ -53,12 +54,12 @@ class CpuExpert:
         ids = torch.zeros(tokens, 1, dtype=torch.int64)
         weights = torch.ones(tokens, 1)
         out = torch.zeros(tokens, self._hidden_size)
-        moe, pointers = self._kernels.moe, self._pointers
+        moe, pointers, strategy = self._kernels.moe, self._pointers, np.full(1, CPU, np.uint8)
 
         def call(index: int) -> float:
             experts = pointers[index % len(pointers)]
             started = time.perf_counter_ns()
-            moe(hidden, ids, weights, experts, out, None)
+            moe(hidden, ids, weights, experts, out, strategy)
             return (time.perf_counter_ns() - started) / 1e3
 
         return call
@@ -68,10 +69,11 @@ class CpuExpert:
         hidden = torch.zeros(1, self._hidden_size, dtype=_BF16)
         ids = torch.full((1, 1), -1, dtype=torch.int64)
         weights, out = torch.ones(1, 1), torch.zeros(1, self._hidden_size)
+        strategy = np.full(1, CPU, np.uint8)
 
         def call(index: int) -> float:
             started = time.perf_counter_ns()
-            self._kernels.moe(hidden, ids, weights, self._pointers[0], out, None)
+            self._kernels.moe(hidden, ids, weights, self._pointers[0], out, strategy)
             return (time.perf_counter_ns() - started) / 1e3
 
         return call
@@ -228,16 +230,23 @@ def queue_entry(device: Device, hidden_size: int) -> Timed:
     return call
 
 
-def after_a_pause(timed: Timed) -> Timed:
-    """The same, each time after a pause in which other memory was used.
+def after_attention(timed: Timed, tokens: int, hidden_size: int, where: torch.device) -> Timed:
+    """The same, each time after what a layer's attention over so many tokens leaves behind.
 
-    Between two layers of a model attention runs: a lane's thread falls asleep, and its caches are others' for a while.
+    Caches are others' for a while, a lane's threads are asleep, and where attention runs on the CPU, torch's threads
+    spin: for some milliseconds each keeps a CPU that a lane's thread would like to wake up on.
     """
-    others = np.zeros(_PAUSE_BYTES // 4, np.float32)
+    others = np.zeros(_ATTENTION_BYTES // 4, np.float32)
+    hidden = torch.randn(tokens, hidden_size).to(where, _BF16)
+    projection = torch.randn(hidden_size, hidden_size).to(where, _BF16)
 
     def call(index: int) -> float:
-        time.sleep(_PAUSE_S)
-        np.add(others, 1.0, out=others)  # not torch: its own threads would be awake for a while
+        np.add(others, 1.0, out=others)
+        until = time.perf_counter() + _ATTENTION_S
+        while True:
+            F.linear(hidden, projection)[0, 0].item()  # on a GPU: until it is done
+            if time.perf_counter() >= until:
+                break
         return timed(index)
 
     return call
