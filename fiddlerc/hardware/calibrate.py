@@ -124,9 +124,9 @@ def measure(
                     samples += session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa, where)[1]
                     session.kernels = None
                     continue
+                # A simulated accelerator has a core of the CPU's, and reads the same memory. Each lane is measured
+                # while the other works, as in a layer that has work for both: all the time if weights come from memory.
                 gpu = AcceleratorExpert(device, *shape, _copies(shape, _rotated_there(device, rotated), machine))
-                # A simulated accelerator reads the same memory as the CPU lane. When weights come from there each lane
-                # is measured while the other is at work, as in a layer that has work for both.
                 shared = device.kind == "simulated" and rotated > machine.l3_bytes
                 with beside(gpu.timed(1) if shared else None):
                     tokens, measured = session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa, where)
@@ -134,8 +134,11 @@ def measure(
                     samples += _contention(session, device, shape, cpu.timed, cache, tokens, kernels)
                 session.kernels = None
                 with beside(cpu.timed(1) if shared else None):
-                    samples += session.experts("gpu_expert", shape, gpu.timed, 1, "torch", where)[1]
-                del cpu, gpu
+                    once = cpu.timed if device.kind == "simulated" and not shared else None
+                    samples += session.experts(
+                        "gpu_expert", shape, partial(gpu.timed, meanwhile=once), 1, "torch", where
+                    )[1]
+                del cpu, gpu, once
                 samples += _copy_samples(session, device, shape, rotated, copied)
     if session.disturbed:
         source += f"; other load disturbed {session.disturbed} of {session.points} points"

@@ -98,8 +98,12 @@ class AcceleratorExpert:
         arena = random_weights(2 * copies * elements).to(device.torch_device)
         self._weights = [split(flat) for flat in arena.view(copies, elements)]
 
-    def timed(self, tokens: int) -> Timed:
-        """One expert with that many tokens; microseconds without the lane's entry."""
+    def timed(self, tokens: int, meanwhile: Callable[[int], Timed] | None = None) -> Timed:
+        """One expert with that many tokens; microseconds without the lane's entry.
+
+        Meanwhile the calling thread does something else with as many, as it has the CPU lane's work in a layer.
+        """
+        other = None if meanwhile is None else meanwhile(tokens)
         where = self._device.torch_device
         hidden = torch.randn(tokens, self._hidden_size).to(_BF16).to(where)
         rows = torch.arange(tokens, device=where)
@@ -115,7 +119,13 @@ class AcceleratorExpert:
             settle(self._device)
             return (time.perf_counter_ns() - started) / 1e3 / self._batch
 
-        return lambda index: self._device.join(self._device.submit(run, index))
+        def call(index: int) -> float:
+            future = self._device.submit(run, index)
+            if other is not None:
+                other(index)
+            return self._device.join(future)
+
+        return call
 
 
 class Copies:
