@@ -47,6 +47,7 @@ _PROBE_MS = 2.0
 _TORCH_SPINS_S = 0.02  # longer than torch's threads spin after their last work: they would look like other load
 _WARM_UP = 1000  # more than any number of rotated experts that are small enough for this to matter
 _COPY_HIDDEN = 512  # hidden size of the made-up experts that copies of other sizes are measured with
+_BUSY_TOKENS = 16  # work of a lane that only has to be busy: calls long enough not to compete for Python's lock
 _CONTENTION_TOKENS = 3  # how many token counts, the smallest, are measured again while copies run
 
 
@@ -127,19 +128,25 @@ def measure(
                 # A simulated accelerator has a core of the CPU's, and reads the same memory. Each lane is measured
                 # while the other works, as in a layer that has work for both: all the time if weights come from memory.
                 gpu = AcceleratorExpert(device, *shape, _copies(shape, _rotated_there(device, rotated), machine))
-                shared = device.kind == "simulated" and rotated > machine.l3_bytes
+                busy = device.kind == "simulated"
+                shared = busy and rotated > machine.l3_bytes
                 with beside(gpu.timed(1) if shared else None):
                     tokens, measured = session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa, where)
                     samples += measured
                     samples += _contention(session, device, shape, cpu.timed, cache, tokens, kernels)
                 session.kernels = None
                 with beside(cpu.timed(1) if shared else None):
-                    once = cpu.timed if device.kind == "simulated" and not shared else None
+                    once = cpu.timed if busy and not shared else None
                     samples += session.experts(
                         "gpu_expert", shape, partial(gpu.timed, meanwhile=once), 1, "torch", where
                     )[1]
+                # The simulated copy engine is one thread more on those cores.
+                with (
+                    beside(cpu.timed(_BUSY_TOKENS) if busy else None),
+                    beside(gpu.timed(_BUSY_TOKENS) if busy else None),
+                ):
+                    samples += _copy_samples(session, device, shape, rotated, copied)
                 del cpu, gpu, once
-                samples += _copy_samples(session, device, shape, rotated, copied)
     if session.disturbed:
         source += f"; other load disturbed {session.disturbed} of {session.points} points"
     return Calibration(SCHEMA, name, "measured", source, machine, limits, tuple(samples), ())
@@ -262,6 +269,9 @@ def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, re
         hidden = library.spec.hidden_size
         lane = CpuExpert(kernels, hidden, library.spec.intermediate_size, 1)
         cpu_entry = _median(after_attention(lane.entry(), 1, hidden, device.torch_device))
+        if device.kind != "none":
+            entry = queue_entry(device, hidden, lane.timed(1))
+            gpu_entry = _median(after_attention(entry, 1, hidden, device.torch_device))
     if device.kind == "none":
         return Limits(threads, *read, peak, 0.0, 0.0, 0.0, 0.0, cpu_entry, 0.0)
     if device.kind == "simulated":
@@ -271,7 +281,6 @@ def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, re
     else:
         gpu_read, size = accelerator_read_gbps(device, 1 << 30), 8192
     gpu_peak = accelerator_peak_gflops(device, size)
-    gpu_entry = _median(after_attention(queue_entry(device, hidden), 1, hidden, device.torch_device))
     copies = Copies(device, _COPY_BYTES, cache)
     try:
         to_device, to_host = copies.to_device(_COPY_BYTES), copies.to_host(_COPY_BYTES)

@@ -220,22 +220,26 @@ class Copies:
         return call
 
 
-def queue_entry(device: Device, hidden_size: int) -> Timed:
-    """What a layer pays once for the accelerator: sorting a token's choices, the hand-off, an empty result, waiting."""
+def queue_entry(device: Device, hidden_size: int, meanwhile: Timed) -> Timed:
+    """What a layer pays once for the accelerator: sorting a token's choices, the hand-off, an empty result.
+
+    The calling thread goes on to the CPU lane's work meanwhile.
+    """
     ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
     counts, strategy = np.ones(2, np.int32), np.full(2, RESIDENT, np.uint8)
     hidden = torch.zeros(1, hidden_size, dtype=_BF16)
 
-    def empty_layer(there: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(there.shape, dtype=torch.float32, device=there.device)
+    def empty_layer(there: torch.Tensor) -> int:
+        torch.zeros(there.shape, dtype=torch.float32, device=there.device)
         settle(device)
-        return out
+        return time.perf_counter_ns()
 
     def call(index: int) -> float:
         started = time.perf_counter_ns()
         route(ids, weights, counts, strategy, device.torch_device)
-        device.join(device.submit(empty_layer, hidden.to(device.torch_device)))
-        return (time.perf_counter_ns() - started) / 1e3
+        future = device.submit(empty_layer, hidden.to(device.torch_device))
+        meanwhile(index)
+        return (device.join(future) - started) / 1e3
 
     return call
 
