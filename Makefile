@@ -8,6 +8,7 @@ DEMO   := build/demo
 MODEL  := examples/tiny-mixtral
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+FAST   := -m 'not slow and not gpu'
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
 
@@ -47,10 +48,11 @@ test: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@# Side by side: the first run of mypy, without its cache, takes as long as the tests.
-	$(BIN)/mypy & types=$$!; \
-	  $(BIN)/pytest -q -m 'not slow and not gpu' tests/unit tests/golden; tests=$$?; \
-	  wait $$types && exit $$tests
+	@mkdir -p build
+	@# Two halves side by side. The first run of mypy, without its cache, takes as long as the tests.
+	@{ $(BIN)/mypy && $(BIN)/pytest -q $(FAST) tests/golden; } > build/check.log 2>&1 & half=$$!; \
+	  $(BIN)/pytest -q $(FAST) tests/unit; tests=$$?; \
+	  wait $$half; half=$$?; cat build/check.log; exit $$((tests + half))
 
 # Part of `make test` too: the kernels under AddressSanitizer, UBSan and ThreadSanitizer.
 test-sanitizers: $(READY)

@@ -38,7 +38,7 @@ _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 TARGETS: dict[str, Target] = {
     target.isa: target
     for target in (
-        # 14 x 2 sums + 2 weights + 1 broadcast = 31 of 32 registers. 1024 inputs x 32 outputs = 64 KiB: twice that in any L2.
+        # 14 x 2 sums + 2 weights + 1 broadcast = 31 of 32 registers. 1024 inputs x 32 outputs: 64 KiB, twice in any L2.
         Target(
             isa="avx512_bf16",
             header="isa_avx512_bf16.hpp",

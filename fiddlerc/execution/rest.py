@@ -1,4 +1,4 @@
-"""What a step of a model takes without its routed experts: measured through the runtime, with no expert active.
+"""What a step of a model takes without its routed experts: measured through the runtime.
 
 A prompt's time has what `generate` does before its first step in it: that is what a user waits for.
 """
@@ -22,15 +22,16 @@ DECODED = 24
 _DECODE_CONTEXTS = (16, 128, 512, 1536)
 _BEAMS, _BEAM_CONTEXT = 4, 64
 _PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048)
-_SECONDS = 3.0  # a point that takes longer is timed once, and larger prompts are left out
-_ROUNDS = 5
+_SECONDS = 3.0  # a point that took longer is not timed again; prompts larger than one that took it at once are left out
+_ROUNDS = 10
 
 
 def measure_rest(plan: Plan, model_dir: Path, *, progress: Progress | None = None) -> tuple[StepSample, ...]:
     """Steps of the model as `generate` takes them, on the plan's device, every layer through the engine.
 
-    Decode steps at several lengths of the cache, with one sequence and with beams; prompts of several lengths. The
-    engine gets ids that belong to no expert, so that all of a layer but its experts' work is done and timed.
+    Decode steps at several lengths of the cache, with one sequence and with beams; prompts of several lengths. Experts
+    run as ever, since threads that wake up and caches that were used cost the rest of the step something too, and each
+    layer's longest lane is subtracted. On a GPU, which works on while the lane's time is over, they are left out.
     """
     import torch
 
@@ -45,20 +46,29 @@ def measure_rest(plan: Plan, model_dir: Path, *, progress: Progress | None = Non
         progress=None,
     )
     try:
-        _leave_out_experts(model)
+        if model.fiddler.describe()["device"] == "cuda":
+            _leave_out_experts(model)
         limit = min(model.config.max_position_embeddings, plan.header.options.context)
         points = list(_points(limit))
-        samples = []
-        for done, (tokens, beams, new) in enumerate(points):
+        times: dict[tuple[int, int, int], list[float]] = {}
+        # In turns, so that a slow moment of the machine is no point's own.
+        for turn in range(_ROUNDS):
             if progress is not None:
-                progress("calibrating: the rest of a step", done, len(points))
-            # Any tokens do: without experts nothing depends on what they say.
-            ids = torch.arange(tokens, device=model.device).remainder(model.config.vocab_size)[None]
-            times, context = _step_times(model, ids, beams, new)
-            rows = beams if new > 1 else tokens
-            samples.append(_sample(plan, rows, beams if new > 1 else 1, context, times))
-            if new == 1 and min(times) > _SECONDS:
-                break
+                progress("calibrating: the rest of a step", turn, _ROUNDS)
+            for point in points:
+                # Any tokens do: without experts nothing depends on what they say.
+                tokens, beams, new = point
+                ids = torch.arange(tokens, device=model.device).remainder(model.config.vocab_size)[None]
+                if turn == 0:
+                    timed(model, ids, new, beams)  # buffers, caches and torch's own choices
+                if sum(times.setdefault(point, [])) < _SECONDS:
+                    times[point] += _step_times(model, ids, beams, new)
+                if new == 1 and times[point][0] > _SECONDS:
+                    points = points[: points.index(point) + 1]
+                    break
+        samples = [_sample(plan, *point, times[point]) for point in points]
+        if progress is not None:
+            progress("calibrating: the rest of a step", _ROUNDS, _ROUNDS)
         return tuple(samples)
     finally:
         model.fiddler.close()
@@ -76,33 +86,30 @@ def _points(limit: int) -> Iterator[tuple[int, int, int]]:
             yield tokens, 1, 1
 
 
-def _step_times(model: Any, ids: Any, beams: int, new: int) -> tuple[list[float], int]:
-    """Seconds of each timed step, and how many tokens each sequence had in its cache."""
-    timed(model, ids, new, beams)  # buffers, caches and torch's own choices
-    times: list[float] = []
-    for _ in range(_ROUNDS):
-        clock = timed(model, ids, new, beams)
-        if new == 1:
-            times.append(clock.stamps[0] - clock.start)
-        else:
-            times += [after - before for before, after in zip(clock.stamps[1:], clock.stamps[2:], strict=False)]
-        if sum(times) > _SECONDS:
-            break
-    return times, 0 if new == 1 else ids.shape[1] + new // 2
+def _step_times(model: Any, ids: Any, beams: int, new: int) -> list[float]:
+    """Seconds of each step of one generation, after the prompt's if there are any, less the lanes'."""
+    model.fiddler.reset_counters()
+    clock = timed(model, ids, new, beams)
+    phase = model.fiddler.counters()["phases"]["prefill" if new == 1 else "decode"]
+    experts = phase["makespan"]["actual_us"] / 1e6 / max(1, new - 1)
+    if new == 1:
+        return [clock.stamps[0] - clock.start - experts]
+    return [after - before - experts for before, after in zip(clock.stamps[1:], clock.stamps[2:], strict=False)]
 
 
-def _sample(plan: Plan, tokens: int, sequences: int, context: int, seconds: list[float]) -> StepSample:
+def _sample(plan: Plan, prompt: int, beams: int, new: int, seconds: list[float]) -> StepSample:
     spec = plan.header.model
     low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    decoding = new > 1
     return StepSample(
         model=spec.name,
         model_fingerprint=spec.fingerprint,
         num_layers=spec.num_layers,
         non_expert_bytes=spec.non_expert_bytes,
         kv_bytes_per_token=spec.kv_bytes_per_token,
-        tokens=tokens,
-        sequences=sequences,
-        context=context,
+        tokens=beams if decoding else prompt,
+        sequences=beams if decoding else 1,
+        context=prompt + new // 2 if decoding else 0,
         median_us=round(median * 1e6, 3),
         spread_us=round((high - low) * 1e6, 3),
         repeats=len(seconds),

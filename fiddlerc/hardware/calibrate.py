@@ -24,7 +24,7 @@ from .lanes import (
     CpuExpert,
     accelerator_peak_gflops,
     accelerator_read_gbps,
-    after_a_pause,
+    after_attention,
     beside,
     queue_entry,
 )
@@ -44,8 +44,10 @@ _GPU_CACHE = 160 * _MIB
 _PROBE_BYTES = 128 * _MIB  # beyond the last-level cache, and read in some milliseconds
 _COPY_BYTES = 64 * _MIB  # enough for a link's full rate
 _PROBE_MS = 2.0
+_TORCH_SPINS_S = 0.02  # longer than torch's threads spin after their last work: they would look like other load
 _WARM_UP = 1000  # more than any number of rotated experts that are small enough for this to matter
 _COPY_HIDDEN = 512  # hidden size of the made-up experts that copies of other sizes are measured with
+_BUSY_TOKENS = 16  # work of a lane that only has to be busy: calls long enough not to compete for Python's lock
 _CONTENTION_TOKENS = 3  # how many token counts, the smallest, are measured again while copies run
 
 
@@ -105,6 +107,7 @@ def measure(
     samples: list[Sample] = []
 
     with open_device(machine.accelerator.kind) as device:
+        where = device.torch_device
         first = next(iter(kernels_by_shape.values()))
         with first.open(None, threads) as kernels:
             regimes = session.watch_memory(kernels)
@@ -115,27 +118,37 @@ def measure(
             rotated = min(cache, (rotate_bytes or {}).get(shape, cache))
             with library.open(None, threads) as kernels:
                 session.watch(kernels)
-                session.kernels = kernels
+                # Weights that lie in a cache are read at the same rate whatever the memory does.
+                session.kernels = kernels if rotated > machine.l3_bytes else None
                 cpu = CpuExpert(kernels, _copies(shape, rotated, machine))
                 if device.kind == "none":
-                    samples += session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa)[1]
+                    samples += session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa, where)[1]
                     session.kernels = None
                     continue
+                # A simulated accelerator has a core of the CPU's, and reads the same memory. Each lane is measured
+                # while the other works, as in a layer that has work for both: all the time if weights come from memory.
                 gpu = AcceleratorExpert(
                     device, library.spec.expert, _copies(shape, _rotated_there(device, rotated), machine)
                 )
-                # A simulated accelerator reads the same memory as the CPU lane. When weights come from there each lane
-                # is measured while the other is at work, as in a layer that has work for both.
-                shared = device.kind == "simulated" and rotated > machine.l3_bytes
+                busy = device.kind == "simulated"
+                shared = busy and rotated > machine.l3_bytes
                 with beside(gpu.timed(1) if shared else None):
-                    tokens, measured = session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa)
+                    tokens, measured = session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa, where)
                     samples += measured
                     samples += _contention(session, device, shape, cpu.timed, cache, tokens, kernels)
                 session.kernels = None
                 with beside(cpu.timed(1) if shared else None):
-                    samples += session.experts("gpu_expert", shape, gpu.timed, 1, "torch")[1]
-                del cpu, gpu
-                samples += _copy_samples(session, device, shape, rotated, copied)
+                    once = cpu.timed if busy and not shared else None
+                    samples += session.experts(
+                        "gpu_expert", shape, partial(gpu.timed, meanwhile=once), 1, "torch", where
+                    )[1]
+                # The simulated copy engine is one thread more on those cores.
+                with (
+                    beside(cpu.timed(_BUSY_TOKENS) if busy else None),
+                    beside(gpu.timed(_BUSY_TOKENS) if busy else None),
+                ):
+                    samples += _copy_samples(session, device, shape, rotated, copied)
+                del cpu, gpu, once
     if session.disturbed:
         source += f"; other load disturbed {session.disturbed} of {session.points} points"
     return Calibration(SCHEMA, name, "measured", source, machine, limits, tuple(samples), ())
@@ -159,7 +172,12 @@ class _Session:
     def watch(self, kernels: Kernels) -> None:
         """Takes these kernels' peak as the sign of an undisturbed machine."""
         self._count()
-        self._guard = Guard(lambda: kernels.peak_gflops(_PROBE_MS))
+
+        def probe() -> float:
+            time.sleep(_TORCH_SPINS_S)
+            return kernels.peak_gflops(_PROBE_MS)
+
+        self._guard = Guard(probe)
 
     def watch_memory(self, kernels: Kernels) -> Regimes:
         """Reads memory again and again for some seconds: whether it has one bandwidth or two, and which."""
@@ -205,7 +223,13 @@ class _Session:
             self._progress(f"calibrating: {label}", self._done, self._total)
 
     def experts(
-        self, quantity: Quantity, shape: Shape, timed: Callable[[int], Timed], threads: int, isa: str
+        self,
+        quantity: Quantity,
+        shape: Shape,
+        timed: Callable[[int], Timed],
+        threads: int,
+        isa: str,
+        where: torch.device,
     ) -> tuple[tuple[int, ...], list[Sample]]:
         """One expert over token counts: (the counts that fitted into the time, their samples).
 
@@ -216,7 +240,7 @@ class _Session:
         calls: dict[int, Timed] = {}
 
         def once(tokens: int) -> float:
-            calls[tokens] = after_a_pause(timed(tokens))
+            calls[tokens] = after_attention(timed(tokens), tokens, shape[0], where)
             calls[tokens](0)  # touches its buffers
             return calls[tokens](1)
 
@@ -245,7 +269,11 @@ def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, re
         read = regimes.fast_gbps, regimes.slow_gbps, regimes.slow_share
         peak = max(kernels.peak_gflops(4 * _PROBE_MS) for _ in range(probes))
         hidden = library.spec.hidden_size
-        cpu_entry = _median(after_a_pause(CpuExpert(kernels, 1).entry()))
+        lane = CpuExpert(kernels, 1)
+        cpu_entry = _median(after_attention(lane.entry(), 1, hidden, device.torch_device))
+        if device.kind != "none":
+            entry = queue_entry(device, hidden, lane.timed(1))
+            gpu_entry = _median(after_attention(entry, 1, hidden, device.torch_device))
     if device.kind == "none":
         return Limits(threads, *read, peak, 0.0, 0.0, 0.0, 0.0, cpu_entry, 0.0)
     if device.kind == "simulated":
@@ -255,7 +283,6 @@ def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, re
     else:
         gpu_read, size = accelerator_read_gbps(device, 1 << 30), 8192
     gpu_peak = accelerator_peak_gflops(device, size)
-    gpu_entry = _median(after_a_pause(queue_entry(device, hidden)))
     copies = Copies(device, _COPY_BYTES, cache)
     try:
         to_device, to_host = copies.to_device(_COPY_BYTES), copies.to_host(_COPY_BYTES)
@@ -289,7 +316,7 @@ def _contention(
             for _ in range(session.effort.rounds):
                 for n in tokens:
                     series[n].times += repeat(
-                        after_a_pause(timed(n)),
+                        after_attention(timed(n), n, shape[0], device.torch_device),
                         seconds=slot,
                         least=session.effort.least,
                         most=session.effort.most,

@@ -12,18 +12,19 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from fiddler_runtime.kernels import Kernels, empty_packed, make_pointers
 from fiddler_runtime.lanes.device import Device, UnpackedExpert, run_expert, unpack_expert_into
 from fiddler_runtime.lanes.routing import route
-from fiddler_runtime.makespan import RESIDENT
+from fiddler_runtime.makespan import CPU, RESIDENT
 from fiddler_runtime.plan import ExpertForm
 
 from .sampling import Timed
 
 _BF16 = torch.bfloat16
-_PAUSE_S = 3e-4  # about a layer's attention of a small model
-_PAUSE_BYTES = 8 << 20
+_ATTENTION_S = 3e-4  # about a layer's attention of a small model
+_ATTENTION_BYTES = 8 << 20
 
 
 def random_weights(nbytes: int) -> torch.Tensor:
@@ -53,12 +54,12 @@ class CpuExpert:
         ids = torch.zeros(tokens, 1, dtype=torch.int64)
         weights = torch.ones(tokens, 1)
         out = torch.zeros(tokens, self._hidden_size)
-        moe, pointers = self._kernels.moe, self._pointers
+        moe, pointers, strategy = self._kernels.moe, self._pointers, np.full(1, CPU, np.uint8)
 
         def call(index: int) -> float:
             experts = pointers[index % len(pointers)]
             started = time.perf_counter_ns()
-            moe(hidden, ids, weights, experts, out, None)
+            moe(hidden, ids, weights, experts, out, strategy)
             return (time.perf_counter_ns() - started) / 1e3
 
         return call
@@ -68,10 +69,11 @@ class CpuExpert:
         hidden = torch.zeros(1, self._hidden_size, dtype=_BF16)
         ids = torch.full((1, 1), -1, dtype=torch.int64)
         weights, out = torch.ones(1, 1), torch.zeros(1, self._hidden_size)
+        strategy = np.full(1, CPU, np.uint8)
 
         def call(index: int) -> float:
             started = time.perf_counter_ns()
-            self._kernels.moe(hidden, ids, weights, self._pointers[0], out, None)
+            self._kernels.moe(hidden, ids, weights, self._pointers[0], out, strategy)
             return (time.perf_counter_ns() - started) / 1e3
 
         return call
@@ -92,8 +94,12 @@ class AcceleratorExpert:
             for part in (*expert.matrices, *expert.biases):
                 part.view(-1).copy_(random_weights(part.nbytes))
 
-    def timed(self, tokens: int) -> Timed:
-        """One expert with that many tokens; microseconds without the lane's entry."""
+    def timed(self, tokens: int, meanwhile: Callable[[int], Timed] | None = None) -> Timed:
+        """One expert with that many tokens; microseconds without the lane's entry.
+
+        Meanwhile the calling thread does something else with as many, as it has the CPU lane's work in a layer.
+        """
+        other = None if meanwhile is None else meanwhile(tokens)
         where = self._device.torch_device
         hidden = torch.randn(tokens, self._hidden_size).to(_BF16).to(where)
         rows = torch.arange(tokens, device=where)
@@ -109,7 +115,13 @@ class AcceleratorExpert:
             settle(self._device)
             return (time.perf_counter_ns() - started) / 1e3 / self._batch
 
-        return lambda index: self._device.join(self._device.submit(run, index))
+        def call(index: int) -> float:
+            future = self._device.submit(run, index)
+            if other is not None:
+                other(index)
+            return self._device.join(future)
+
+        return call
 
 
 class Copies:
@@ -204,36 +216,47 @@ class Copies:
         return call
 
 
-def queue_entry(device: Device, hidden_size: int) -> Timed:
-    """What a layer pays once for the accelerator: sorting a token's choices, the hand-off, an empty result, waiting."""
+def queue_entry(device: Device, hidden_size: int, meanwhile: Timed) -> Timed:
+    """What a layer pays once for the accelerator: sorting a token's choices, the hand-off, an empty result.
+
+    The calling thread goes on to the CPU lane's work meanwhile.
+    """
     ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
     counts, strategy = np.ones(2, np.int32), np.full(2, RESIDENT, np.uint8)
     hidden = torch.zeros(1, hidden_size, dtype=_BF16)
 
-    def empty_layer(there: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(there.shape, dtype=torch.float32, device=there.device)
+    def empty_layer(there: torch.Tensor) -> int:
+        torch.zeros(there.shape, dtype=torch.float32, device=there.device)
         settle(device)
-        return out
+        return time.perf_counter_ns()
 
     def call(index: int) -> float:
         started = time.perf_counter_ns()
         route(ids, weights, counts, strategy, device.torch_device)
-        device.join(device.submit(empty_layer, hidden.to(device.torch_device)))
-        return (time.perf_counter_ns() - started) / 1e3
+        future = device.submit(empty_layer, hidden.to(device.torch_device))
+        meanwhile(index)
+        return (device.join(future) - started) / 1e3
 
     return call
 
 
-def after_a_pause(timed: Timed) -> Timed:
-    """The same, each time after a pause in which other memory was used.
+def after_attention(timed: Timed, tokens: int, hidden_size: int, where: torch.device) -> Timed:
+    """The same, each time after what a layer's attention over so many tokens leaves behind.
 
-    Between two layers of a model attention runs: a lane's thread falls asleep, and its caches are others' for a while.
+    Caches are others' for a while, a lane's threads are asleep, and where attention runs on the CPU, torch's threads
+    spin: for some milliseconds each keeps a CPU that a lane's thread would like to wake up on.
     """
-    others = np.zeros(_PAUSE_BYTES // 4, np.float32)
+    others = np.zeros(_ATTENTION_BYTES // 4, np.float32)
+    hidden = torch.randn(tokens, hidden_size).to(where, _BF16)
+    projection = torch.randn(hidden_size, hidden_size).to(where, _BF16)
 
     def call(index: int) -> float:
-        time.sleep(_PAUSE_S)
-        np.add(others, 1.0, out=others)  # not torch: its own threads would be awake for a while
+        np.add(others, 1.0, out=others)
+        until = time.perf_counter() + _ATTENTION_S
+        while True:
+            F.linear(hidden, projection)[0, 0].item()  # on a GPU: until it is done
+            if time.perf_counter() >= until:
+                break
         return timed(index)
 
     return call

@@ -118,7 +118,8 @@ def _from_samples(calibration: Calibration, spec: ModelSpec) -> LatencyModel:
     limits, tokens = calibration.limits, token_grid()
     shape = (spec.hidden_size, spec.intermediate_size)
     by_regime = {
-        regime: _expert_curve(calibration, shape, tokens, "cpu_expert", regime) for regime in _regimes(calibration)
+        regime: _expert_curve(calibration, shape, tokens, "cpu_expert", regime)
+        for regime in _regimes(calibration, shape)
     }
     fast = by_regime["fast"].us
     cpu_us = np.stack([fast, *(np.maximum(fast, curve.us) for regime, curve in by_regime.items() if regime == "slow")])
@@ -134,8 +135,14 @@ def _from_samples(calibration: Calibration, spec: ModelSpec) -> LatencyModel:
     return _assemble(calibration, spec, tokens, cpu_us, shares, curves, stream, gamma)
 
 
-def _regimes(calibration: Calibration) -> tuple[Regime, ...]:
-    return ("fast", "slow") if calibration.limits.cpu_slow_share > 0 else ("fast",)
+def _regimes(calibration: Calibration, shape: tuple[int, int]) -> tuple[Regime, ...]:
+    """One on a machine with one, and for a shape that was measured and never in the slow one: it lies in a cache."""
+    own = {
+        s.regime
+        for s in calibration.samples
+        if s.quantity == "cpu_expert" and (s.hidden_size, s.intermediate_size) == shape
+    }
+    return ("fast", "slow") if calibration.limits.cpu_slow_share > 0 and own != {"fast"} else ("fast",)
 
 
 def _assemble(

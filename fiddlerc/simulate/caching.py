@@ -49,6 +49,7 @@ class MixtralOffloading(Strategy):
         lat, layers = setting.latencies, setting.layers
         copy_us = lat.stream_us * (2 if self.swaps else 1)
         caches = [OrderedDict.fromkeys(setting.cached(layer)) for layer in range(layers)]
+        slots = setting.slots.tolist()
         gpu = setting.gpu_us(steps.counts)
         rest = setting.rest_us(steps.tokens, steps.kv)
         guesser, us, found = _Guesser(), rest.copy(), np.zeros(len(rest), np.int64)
@@ -56,7 +57,8 @@ class MixtralOffloading(Strategy):
             now, link, ready = 0.0, 0.0, dict[int, float]()
             for layer in range(layers):
                 cache = caches[layer]
-                active = [int(expert) for expert in np.flatnonzero(counts[layer])]
+                active = np.flatnonzero(counts[layer]).tolist()
+                took = dict(zip(active, gpu[step, layer, active].tolist(), strict=True))
                 found[step] += sum(int(counts[layer, e]) for e in active if e in cache)
                 misses = [e for e in active if e not in cache and e not in ready]
                 for expert in misses:
@@ -64,16 +66,16 @@ class MixtralOffloading(Strategy):
                     ready[expert] = link
                 now += lat.gpu_overhead_us
                 for expert in sorted(active, key=lambda e: (ready.get(e, 0.0), e)):
-                    now = max(now, ready.get(expert, 0.0)) + gpu[step, layer, expert]
+                    now = max(now, ready.get(expert, 0.0)) + took[expert]
                 for expert in active:
-                    _touch(cache, expert, int(setting.slots[layer]))
+                    _touch(cache, expert, slots[layer])
                 ready = {}
                 if not self.swaps and layer + 1 < layers:
                     likely = np.argsort(-counts[layer + 1], kind="stable")[: setting.spec.top_k]
                     for guess in likely:
                         right = guesser.right()
                         if guess not in caches[layer + 1]:
-                            link = max(link, now - gpu[step, layer, active].sum()) + copy_us
+                            link = max(link, now - sum(took.values())) + copy_us
                             if right:
                                 ready[int(guess)] = link
                 now += rest[step] / layers

@@ -44,6 +44,7 @@ class _Phase:
         self.calls = np.zeros(_CODES)
         self.tokens = np.zeros(_CODES)
         self.lanes = _Lanes()
+        self.makespan_us = np.zeros(2)
         self.decisions: dict[tuple[int, ...], tuple[int, _Lanes]] = {}
 
 
@@ -89,6 +90,7 @@ class Counters:
             part.layers += predicted_us > 0
             part.predicted_us += predicted_us
             part.actual_us += actual_us
+        sums.makespan_us += max(predicted_us), max(actual_us)
         self._layer_us += layer_us
 
     def snapshot(self) -> dict[str, Any]:
@@ -98,8 +100,9 @@ class Counters:
         layers                       MoE layers executed
         lanes                        {"cpu", "accelerator"}: layers in which the lane had work, microseconds that the
                                      plan's tables predicted for it, and that it took (from when it was given its work)
-        phases                       the same four for prefill and decode apart, and `decisions`: the three most common,
-                                     as experts by strategy, how often, and their lanes
+        phases                       the same four for prefill and decode apart; `makespan`: of each layer the lane that
+                                     took longest, summed; `decisions`: the three most common, as experts by strategy,
+                                     how often, and their lanes
         layer_us                     time in Engine.moe
         prefetched, prefetch_used    experts fetched ahead for the next layer, and those that it then wanted
         """
@@ -118,6 +121,7 @@ class Counters:
                     "expert_calls": _named(phase.calls),
                     "expert_tokens": _named(phase.tokens),
                     "lanes": phase.lanes.snapshot(),
+                    "makespan": dict(zip(("predicted_us", "actual_us"), phase.makespan_us.tolist(), strict=True)),
                     "decisions": _most_common(phase.decisions),
                 }
                 for name, phase in self._phases.items()

@@ -95,7 +95,7 @@ def tables(counts: Sequence[Path] = ()) -> str:
     parts = [
         hit_rates(places, published),
         summary({"single_batch_decode": decode, "long_prefill": prefill, "beam_search": beam}, published),
-        repeats(places, published),
+        repeats(places, beam),
         measured(decode["env2"], prefill["env2"], published),
         *(section(f"Decode, {key}: tokens/s, prompt included", "in/out", rows) for key, rows in decode.items()),
         *(section(f"Prefill, {key}: prompts/s", "tokens", rows) for key, rows in prefill.items()),
@@ -146,9 +146,11 @@ def decode_rows(place: Environment, published: dict[str, Any]) -> Iterator[Row]:
     stated = published["decode_configurations"]
     for entering in stated["input_tokens"]:
         prompts = {policy.name: prompt_seconds(policy, place, entering) for policy in strategies()}
+        # A shorter answer's steps are the longest one's first.
+        steps = decode_steps(place.steps["decode"], entering, max(stated["output_tokens"]))
+        us = {policy.name: policy.replay(steps, place.setting).us for policy in strategies()}
         for leaving in stated["output_tokens"]:
-            steps = decode_steps(place.steps["decode"], entering, leaving)
-            rates = {p.name: leaving / (prompts[p.name] + seconds(p, steps, place.setting)) for p in strategies()}
+            rates = {name: leaving / (prompts[name] + float(us[name][:leaving].sum()) / 1e6) for name in us}
             yield Row(f"{entering}/{leaving}", rates)
 
 
@@ -201,17 +203,17 @@ def summary(results: dict[str, dict[str, list[Row]]], published: dict[str, Any])
     return titled("Speed-up over the best baseline, mean over configurations", table(head, rows))
 
 
-def repeats(places: dict[str, Environment], published: dict[str, Any]) -> str:
+def repeats(places: dict[str, Environment], beam: dict[str, list[Row]]) -> str:
     """What it means for llama.cpp when each of its beams computes more than its last token again in every step."""
     by_name = {policy.name: policy for policy in strategies()}
     llama, names = by_name["llama.cpp"], ("fiddler", "fiddler-code")
     rows = []
     for tokens in REPEATED:
         ratios: dict[str, list[float]] = {name: [] for name in names}
-        for place in places.values():
+        for key, place in places.items():
             prompt = prompt_seconds(llama, place, BEAM_INPUT)
             one = seconds(llama, beam_steps(place.steps["decode"], tokens, True), place.setting)
-            for row in beam_rows(place, published):
+            for row in beam[key]:
                 rates = {**row.rates, "llama.cpp": BEAM_OUTPUT / (prompt + int(row.label) * one)}
                 for name in names:
                     ratios[name].append(Row(row.label, rates).over_best(name))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fiddlerc.cli import run_command_line
+from fiddlerc.hardware import calibrate
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "tiny-mixtral"
@@ -17,13 +20,18 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Traced, calibrated for this machine, and compiled: what `make demo` does, quicker."""
-    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "QUICK", dataclasses.replace(calibrate.QUICK, seconds=0.3, memory_seconds=0.3))
+        yield make_plan(tmp_path_factory.mktemp("demo"))
+
+
+def make_plan(folder: Path) -> Path:
     trace = ["trace", str(DEMO), "--text", str(DEMO / "heldout-chat.txt"), "--max-tokens", "1024"]
     assert run_command_line([*trace, "-o", str(folder / "trace.safetensors")]) == 0
-    calibrate = ["calibrate", "--quick", "--model", str(DEMO), "--accelerator", "simulated"]
-    assert run_command_line([*calibrate, "-o", str(folder / "hw.json")]) == 0
+    measure = ["calibrate", "--quick", "--model", str(DEMO), "--accelerator", "simulated"]
+    assert run_command_line([*measure, "-o", str(folder / "hw.json")]) == 0
     compile_ = ["compile", str(DEMO), "--hw", str(folder / "hw.json"), "--trace", str(folder / "trace.safetensors")]
     assert run_command_line([*compile_, "--gpu-memory", "44MiB", "-o", str(folder / "plan")]) == 0
     return folder / "plan"

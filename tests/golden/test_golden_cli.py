@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,9 +64,21 @@ def with_config(folder: Path, name: str, **changes: object) -> Path:
     return model
 
 
-def plan(folder: Path, **changes: object) -> Path:
-    request = {"model": str(DEMO), "hardware": "a100", "output": folder / "plan", "build": False, **changes}
-    return pipeline.compile_plan(pipeline.CompileRequest(**request)).plan.path  # type: ignore[arg-type]
+def compiled(folder: Path, isas: tuple[str, ...] | None = None) -> Path:
+    request = pipeline.CompileRequest(str(DEMO), "a100", output=folder / "plan", build=False, isas=isas)
+    return pipeline.compile_plan(request).plan.path
+
+
+@cache
+def demo_plan() -> Path:
+    """Compiled once."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return compiled(Path(folder.name))
+
+
+def plan(folder: Path) -> Path:
+    return Path(shutil.copytree(demo_plan(), folder / "plan"))
 
 
 def newer_plan(folder: Path) -> Path:
@@ -156,7 +171,7 @@ def test_a_plan_for_an_instruction_set_that_this_cpu_lacks(
 
     old = Machine("Old CPU", 4, ("avx2", "scalar"), 1, 1, 1, 1, 1 << 34, Accelerator("none", "none", 0, ""))
     monkeypatch.setattr(pipeline, "this_machine", lambda: old)
-    path = plan(tmp_path, isas=("avx512_bf16",))
+    path = compiled(tmp_path, isas=("avx512_bf16",))
     assert run_command_line(["verify", str(path)]) == 1
     golden("errors/isa-this-cpu-lacks.txt", capsys.readouterr().err.replace(str(tmp_path), "TMP"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from fiddler_runtime.makespan import Latencies, choose
 from fiddlerc import frontend, trace
-from fiddlerc.ir import SCENARIOS, MemoryBudget, Objective, Options, Scenario, Steps
+from fiddlerc.ir import SCENARIOS, MemoryBudget, ModelSpec, Objective, Options, Scenario, Steps
 from fiddlerc.placement import place
 from fiddlerc.placement.choice import allocate, by_popularity, by_time
 from fiddlerc.placement.cost import make_cost
@@ -112,13 +113,19 @@ def test_the_cost_is_the_time_of_the_decisions() -> None:
         assert cost.of_placement(resident) == pytest.approx(mean(resident) / mean(reference), rel=1e-9)
 
 
+@cache
+def recorded(objective: Objective) -> tuple[ModelSpec, np.ndarray, dict[Scenario, Steps]]:  # type: ignore[type-arg]
+    """The demo model, its popularity in the trace, and steps of it."""
+    spec = frontend.load_model(str(EXAMPLES / "tiny-mixtral"))
+    text = trace.read_trace(EXAMPLES / "tiny-mixtral-trace.safetensors", spec)
+    popularity = trace.popularity(text, spec, objective)
+    return spec, popularity, trace.sample_steps(text, popularity, spec, Options(objective, 1024, 4, 0))
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("count", [7, 20, 36])
 def test_never_worse_than_popularity_on_text_held_out(objective: Objective, count: int) -> None:
-    spec = frontend.load_model(str(EXAMPLES / "tiny-mixtral"))
-    recorded = trace.read_trace(EXAMPLES / "tiny-mixtral-trace.safetensors", spec)
-    popularity = trace.popularity(recorded, spec, objective)
-    steps = trace.sample_steps(recorded, popularity, spec, Options(objective, 1024, 4, 0))
+    spec, popularity, steps = recorded(objective)
     lat = latencies(np.random.default_rng(count))
     placed = place(spec, lat, steps, popularity, MemoryBudget(0, (), count), objective, "text")
     popular = by_popularity(popularity, count)
@@ -126,8 +133,9 @@ def test_never_worse_than_popularity_on_text_held_out(objective: Objective, coun
     assert heldout.of_placement(placed.resident) <= 1 + 1e-9
     assert placed.summary.relative_time["placed"] <= 1.0 <= placed.summary.relative_time["popularity"]
     assert placed.summary.resident_experts == placed.resident.sum() == count
-    again = place(spec, lat, steps, popularity, MemoryBudget(0, (), count), objective, "text")
-    np.testing.assert_array_equal(placed.resident, again.resident)
+    if count == 20:
+        again = place(spec, lat, steps, popularity, MemoryBudget(0, (), count), objective, "text")
+        np.testing.assert_array_equal(placed.resident, again.resident)
 
 
 @settings(max_examples=60)
