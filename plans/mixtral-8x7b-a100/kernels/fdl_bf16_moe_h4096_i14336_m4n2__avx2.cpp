@@ -7,11 +7,11 @@ namespace {
 
 struct Tile {
   static constexpr int kTokens = 4;
-  static constexpr int64_t kNearPairs = 64;
-  static constexpr int64_t kFarPairs = 512;
+  static constexpr int64_t kDepthPairs = 512;
+  static constexpr int64_t kFetchTokens = 2;
   // Vectors of outputs beside each other, by tokens: wide where few tokens leave registers free.
   static constexpr int vectors([[maybe_unused]] int tokens) {
-    return tokens <= 1 ? 8 : tokens <= 2 ? 4 : 2;
+    return tokens <= 2 ? 4 : 2;
   }
 };
 

@@ -2,12 +2,12 @@
 #include "fiddler/library.hpp"
 
 extern "C" {
-void fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16(const fdl::Task&);
-double fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16_burn(int64_t);
-void fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16_read(const void*, int64_t);
-void fdl_bf16_moe_h4096_i14336_m8n2__avx512f(const fdl::Task&);
-double fdl_bf16_moe_h4096_i14336_m8n2__avx512f_burn(int64_t);
-void fdl_bf16_moe_h4096_i14336_m8n2__avx512f_read(const void*, int64_t);
+void fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16(const fdl::Task&);
+double fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16_burn(int64_t);
+void fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16_read(const void*, int64_t);
+void fdl_bf16_moe_h4096_i14336_m12n2__avx512f(const fdl::Task&);
+double fdl_bf16_moe_h4096_i14336_m12n2__avx512f_burn(int64_t);
+void fdl_bf16_moe_h4096_i14336_m12n2__avx512f_read(const void*, int64_t);
 void fdl_bf16_moe_h4096_i14336_m4n2__avx2(const fdl::Task&);
 double fdl_bf16_moe_h4096_i14336_m4n2__avx2_burn(int64_t);
 void fdl_bf16_moe_h4096_i14336_m4n2__avx2_read(const void*, int64_t);
@@ -19,25 +19,25 @@ void fdl_bf16_moe_h4096_i14336_m2n2__scalar_read(const void*, int64_t);
 namespace fdl {
 
 const Variant kVariants[] = {
-    {"avx512_bf16", "fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16", has_avx512_bf16, 2,
-     fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16,
-     fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16_burn,
-     fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16_read},
-    {"avx512f", "fdl_bf16_moe_h4096_i14336_m8n2__avx512f", has_avx512f, 4,
-     fdl_bf16_moe_h4096_i14336_m8n2__avx512f,
-     fdl_bf16_moe_h4096_i14336_m8n2__avx512f_burn,
-     fdl_bf16_moe_h4096_i14336_m8n2__avx512f_read},
-    {"avx2", "fdl_bf16_moe_h4096_i14336_m4n2__avx2", has_avx2, 4,
+    {"avx512_bf16", "fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16", has_avx512_bf16, 2, 14,
+     fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16,
+     fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16_burn,
+     fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16_read},
+    {"avx512f", "fdl_bf16_moe_h4096_i14336_m12n2__avx512f", has_avx512f, 4, 12,
+     fdl_bf16_moe_h4096_i14336_m12n2__avx512f,
+     fdl_bf16_moe_h4096_i14336_m12n2__avx512f_burn,
+     fdl_bf16_moe_h4096_i14336_m12n2__avx512f_read},
+    {"avx2", "fdl_bf16_moe_h4096_i14336_m4n2__avx2", has_avx2, 4, 4,
      fdl_bf16_moe_h4096_i14336_m4n2__avx2,
      fdl_bf16_moe_h4096_i14336_m4n2__avx2_burn,
      fdl_bf16_moe_h4096_i14336_m4n2__avx2_read},
-    {"scalar", "fdl_bf16_moe_h4096_i14336_m2n2__scalar", always, 4,
+    {"scalar", "fdl_bf16_moe_h4096_i14336_m2n2__scalar", always, 4, 2,
      fdl_bf16_moe_h4096_i14336_m2n2__scalar,
      fdl_bf16_moe_h4096_i14336_m2n2__scalar_burn,
      fdl_bf16_moe_h4096_i14336_m2n2__scalar_read},
 };
 const int kVariantCount = 4;
 const char kDescription[] =
-    R"({"name": "fdl_bf16_moe_h4096_i14336", "hidden_size": 4096, "intermediate_size": 14336, "isas": ["avx512_bf16", "avx512f", "avx2", "scalar"], "symbols": ["fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16", "fdl_bf16_moe_h4096_i14336_m8n2__avx512f", "fdl_bf16_moe_h4096_i14336_m4n2__avx2", "fdl_bf16_moe_h4096_i14336_m2n2__scalar"]})";
+    R"({"name": "fdl_bf16_moe_h4096_i14336", "hidden_size": 4096, "intermediate_size": 14336, "activation": "silu", "bias": false, "isas": ["avx512_bf16", "avx512f", "avx2", "scalar"], "symbols": ["fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16", "fdl_bf16_moe_h4096_i14336_m12n2__avx512f", "fdl_bf16_moe_h4096_i14336_m4n2__avx2", "fdl_bf16_moe_h4096_i14336_m2n2__scalar"]})";
 
 }  // namespace fdl

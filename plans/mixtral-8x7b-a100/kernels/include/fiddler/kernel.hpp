@@ -13,10 +13,10 @@
 //   kFlops              floating-point operations of one multiply_add
 //   kBurnSums           independent sums that keep the multiply units busy
 // A Tile provides
-//   kTokens             of a full register tile
+//   kTokens             most tokens of a register tile
 //   vectors(tokens)     of outputs beside each other in a tile of so many tokens
-//   kNearPairs          depth block in the first-level cache, for a few passes over the weights
-//   kFarPairs           depth block in the second-level cache, for many
+//   kDepthPairs         depth block of several passes: its weights and the next one's stay in the second-level cache
+//   kFetchTokens        from so many tokens on one pass fetches the weights ahead of itself
 #pragma once
 
 #include "activation.hpp"
@@ -25,16 +25,11 @@
 
 namespace {
 
-// Where the weights of the next depth block are fetched to while this one is worked on.
-enum class Ahead { nothing, near, far };
-
-// From so many passes on, storing and loading the sums after every near block costs more than fetching from further away.
-constexpr int64_t kManyPasses = 9;
-
-// sums[M][N vectors] (+)= x[M][pairs] * w[pairs][N vectors], all sums in registers. Fetches 128 bytes a pair ahead.
-template <class Isa, int M, int N, Ahead ahead>
-inline void strip(const typename Isa::Element* const* x, const uint32_t* w, int64_t pairs, float* sums,
-                  int64_t sum_stride, bool add, const char* next) {
+// sums = x[pairs][M] * w[pairs][N vectors of a row], added to `from` if that is given, all sums in registers.
+// Fetches `kFetch` cache lines a pair from `next` on.
+template <class Isa, int M, int N, int kFetch>
+inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs, const float* from, float* to,
+                  int64_t to_stride, const char* next) {
   using Vector = typename Isa::Vector;
   Vector acc[M][N];
 #pragma GCC unroll 16
@@ -42,24 +37,18 @@ inline void strip(const typename Isa::Element* const* x, const uint32_t* w, int6
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
       acc[m][n] = Vector{};
-      if (add) __builtin_memcpy(&acc[m][n], sums + m * sum_stride + n * Isa::kLanes, sizeof(Vector));
+      if (from) __builtin_memcpy(&acc[m][n], from + m * fdl::kLanes + n * Isa::kLanes, sizeof(Vector));
     }
   }
-  const typename Isa::Element* row[M];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) row[m] = x[m];
-  for (int64_t p = 0; p < pairs; ++p, w += fdl::kLanes) {
-    if constexpr (ahead != Ahead::nothing) {
-      constexpr int kLevel = ahead == Ahead::near ? 3 : 2;
-      __builtin_prefetch(next + 128 * p, 0, kLevel);
-      __builtin_prefetch(next + 128 * p + 64, 0, kLevel);
-    }
+  for (int64_t p = 0; p < pairs; ++p, w += fdl::kLanes, x += 2 * M) {
+#pragma GCC unroll 2
+    for (int line = 0; line < kFetch; ++line) __builtin_prefetch(next + 64 * (kFetch * p + line), 0, 2);
     typename Isa::Weights wide[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) wide[n] = Isa::load(w + n * Isa::kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const typename Isa::Inputs inputs = Isa::broadcast(row[m] + 2 * p);
+      const typename Isa::Inputs inputs = Isa::broadcast(x + 2 * m);
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) acc[m][n] = Isa::multiply_add(acc[m][n], wide[n], inputs);
     }
@@ -67,8 +56,7 @@ inline void strip(const typename Isa::Element* const* x, const uint32_t* w, int6
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n)
-      __builtin_memcpy(sums + m * sum_stride + n * Isa::kLanes, &acc[m][n], sizeof(Vector));
+    for (int n = 0; n < N; ++n) __builtin_memcpy(to + m * to_stride + n * Isa::kLanes, &acc[m][n], sizeof(Vector));
   }
 }
 
@@ -76,81 +64,96 @@ inline void strip(const typename Isa::Element* const* x, const uint32_t* w, int6
 struct Block {
   const uint32_t* weights;
   int64_t pairs;
-  bool add;                  // to the sums of earlier depth blocks
-  Ahead ahead;
-  const uint32_t* next;      // what to fetch ahead, as much as this block
-  int64_t passes;            // made over these weights so far: the first two fetch one half of `next` each
+  const uint32_t* next;  // what to fetch meanwhile, as much as this block; or null
+  int64_t passes;        // over these weights, in all
+  int64_t pass;          // made so far: if there are several, the first two fetch one half of `next` each
 };
 
 template <class Isa, class Tile, int M>
-inline void tile(int64_t tokens, const typename Isa::Element* const* x, Block& block, float* sums, int64_t stride) {
+inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, const float* from, float* to,
+                 int64_t to_stride) {
   if constexpr (M > 1) {
-    if (tokens < M) return tile<Isa, Tile, M - 1>(tokens, x, block, sums, stride);
+    if (tokens < M) return tile<Isa, Tile, M - 1>(tokens, x, block, from, to, to_stride);
   }
   constexpr int N = Tile::vectors(M);
-  for (int column = 0; column < fdl::kLanes; column += Isa::kLanes * N, ++block.passes) {
+  for (int column = 0; column < fdl::kLanes; column += Isa::kLanes * N, ++block.pass) {
     const uint32_t* w = block.weights + column;
-    const Ahead ahead = block.passes < 2 ? block.ahead : Ahead::nothing;
-    const char* next = reinterpret_cast<const char*>(block.next) + 128 * block.pairs * block.passes;
-    if (ahead == Ahead::near)
-      strip<Isa, M, N, Ahead::near>(x, w, block.pairs, sums + column, stride, block.add, next);
-    else if (ahead == Ahead::far)
-      strip<Isa, M, N, Ahead::far>(x, w, block.pairs, sums + column, stride, block.add, next);
+    const float* begin = from ? from + column : nullptr;
+    const auto* next = reinterpret_cast<const char*>(block.next);
+    if (!next || block.pass > 1)
+      strip<Isa, M, N, 0>(x, w, block.pairs, begin, to + column, to_stride, nullptr);
+    else if (block.passes == 1)
+      strip<Isa, M, N, 2>(x, w, block.pairs, begin, to + column, to_stride, next);
     else
-      strip<Isa, M, N, Ahead::nothing>(x, w, block.pairs, sums + column, stride, block.add, nullptr);
+      strip<Isa, M, N, 1>(x, w, block.pairs, begin, to + column, to_stride, next + 64 * block.pairs * block.pass);
   }
 }
 
-// sums[tokens][64] = activations * weights over the whole depth.
-//
-// When one pass over the weights does for all tokens they are read once, straight through: the hardware's own prefetching is
-// best at that. Otherwise the depth is cut in blocks that stay in a cache while the tiles pass over them, and the next
-// block is fetched meanwhile: memory and multiply units work at the same time.
-template <class Isa, class Tile>
-inline void multiply(const fdl::Task& task) {
+// The activation of one tile's sums, laid into the intermediate's tile of M tokens.
+template <class Isa>
+inline void activate_tile(const fdl::Task& task, int64_t first, int64_t tokens) {
   using Element = typename Isa::Element;
-  const int64_t pairs = task.pairs;
-  const int64_t tiles = (task.tokens + Tile::kTokens - 1) / Tile::kTokens;
-  const int64_t least = task.tokens / tiles;
-  const int64_t larger = task.tokens % tiles;  // so many tiles have one token more: no tile is nearly empty
-  const int64_t passes = tiles * fdl::kLanes / (Isa::kLanes * Tile::vectors(static_cast<int>(least + (larger > 0))));
-  const bool far = passes >= kManyPasses;
-  const int64_t step = passes == 1 ? pairs : far ? Tile::kFarPairs : Tile::kNearPairs;
-  const auto* activations = static_cast<const Element*>(task.activations);
-  for (int64_t first = 0; first < pairs; first += step) {
-    Block block{};
-    block.weights = task.weights + first * fdl::kLanes;
-    block.pairs = pairs - first < step ? pairs - first : step;
-    block.add = first > 0;
-    block.next = first + step < pairs ? block.weights + step * fdl::kLanes : task.next;
-    block.ahead = passes == 1 || !block.next ? Ahead::nothing : far ? Ahead::far : Ahead::near;
-    int64_t token = 0;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t count = least + (t < larger);
-      const Element* x[Tile::kTokens];
-      for (int64_t m = 0; m < count; ++m) {
-        const int64_t row = task.rows ? task.rows[token + m] : token + m;
-        x[m] = activations + row * task.activation_stride + 2 * first;
-      }
-      tile<Isa, Tile, Tile::kTokens>(count, x, block, task.sums + token * task.sum_stride, task.sum_stride);
-      token += count;
+  constexpr int kWidth = Isa::kLanes < fdl::kGateLanes ? Isa::kLanes : fdl::kGateLanes;
+  auto* out = static_cast<Element*>(task.intermediate) + first * task.intermediate_stride +
+              2 * task.intermediate_pair * tokens;
+  for (int64_t m = 0; m < tokens; ++m) {
+    const float* sums = task.sums + (first + m) * fdl::kLanes;
+    Element row[fdl::kGateLanes];
+    for (int column = 0; column < fdl::kGateLanes; column += kWidth)
+      activate<kWidth>(sums + column, fdl::kBias ? task.bias + column : nullptr, row + column);
+    // Infinite inputs make NaN of the padding's 0 * inf; an odd depth's partner must be zero whatever the inputs.
+    for (int64_t column = task.columns; column < fdl::kGateLanes; ++column) row[column] = 0;
+    for (int64_t pair = 0; pair < fdl::kGateLanes / 2; ++pair)
+      __builtin_memcpy(out + 2 * (pair * tokens + m), row + 2 * pair, 2 * sizeof(Element));
+  }
+}
+
+template <int L>
+inline void add_bias(const fdl::Task& task, int64_t first, int64_t tokens) {
+  for (int64_t token = first; token < first + tokens; ++token) {
+    float* row = task.results + token * task.result_stride;
+    for (int column = 0; column < fdl::kLanes; column += L) {
+      const auto sum = load<L>(row + column) + load<L>(task.bias + column);
+      __builtin_memcpy(row + column, &sum, sizeof sum);
     }
   }
 }
 
+// Tokens of one tile read the weights once, straight through. While there are few of them, the hardware's own prefetching is
+// best; with more, the multiplications hold it up, and the weights are fetched explicitly. Several tiles cut the depth in
+// blocks that they pass over in turn, while the next block is fetched: memory and multiply units work at the same time.
 template <class Isa, class Tile>
 inline void run(const fdl::Task& task) {
   using Element = typename Isa::Element;
-  multiply<Isa, Tile>(task);
-  if (task.phase == fdl::Phase::down) return;
-  constexpr int kWidth = Isa::kLanes < fdl::kGateLanes ? Isa::kLanes : fdl::kGateLanes;
-  for (int64_t token = 0; token < task.tokens; ++token) {
-    const float* gate = task.sums + token * task.sum_stride;
-    Element* out = static_cast<Element*>(task.intermediate) + token * task.intermediate_stride;
-    for (int column = 0; column < fdl::kGateLanes; column += kWidth)
-      activate<kWidth>(gate + column, gate + fdl::kGateLanes + column, out + column);
-    // Infinite inputs make NaN of the padding's 0 * inf; an odd depth's partner must be zero whatever the inputs.
-    for (int64_t column = task.columns; column < fdl::kGateLanes; ++column) out[column] = 0;
+  constexpr int64_t kAheadRows = 8192 / fdl::kRowBytes;
+  const Tiles tiles(task.tokens, Tile::kTokens);
+  const int64_t passes = tiles.count * fdl::kLanes / (Isa::kLanes * Tile::vectors(static_cast<int>(tiles.most())));
+  const int64_t step = passes == 1 ? task.pairs : Tile::kDepthPairs;
+  const auto* activations = static_cast<const Element*>(task.activations);
+  for (int64_t first = 0; first < task.pairs; first += step) {
+    const bool last = first + step >= task.pairs;
+    Block block{};
+    block.weights = task.weights + first * fdl::kLanes;
+    block.pairs = last ? task.pairs - first : step;
+    block.passes = passes;
+    if (passes > 1)
+      block.next = last ? task.next : block.weights + step * fdl::kLanes;
+    else if (task.tokens >= Tile::kFetchTokens)
+      block.next = block.weights + kAheadRows * fdl::kLanes;
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int64_t token = tiles.first(t), tokens = tiles.tokens(t);
+      const Element* x = activations + token * task.activation_stride + 2 * (task.first_pair + first) * tokens;
+      float* sums = task.sums + token * fdl::kLanes;
+      const bool result = last && task.phase == fdl::Phase::down;
+      tile<Isa, Tile, Tile::kTokens>(tokens, x, block, first ? sums : nullptr,
+                                     result ? task.results + token * task.result_stride : sums,
+                                     result ? task.result_stride : fdl::kLanes);
+      if (!last) continue;
+      if (!result)
+        activate_tile<Isa>(task, token, tokens);
+      else if constexpr (fdl::kBias)
+        add_bias<Isa::kLanes>(task, token, tokens);
+    }
   }
 }
 

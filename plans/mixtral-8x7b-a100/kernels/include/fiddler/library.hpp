@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -19,6 +20,7 @@
 #include "moe.hpp"
 #include "packing.hpp"
 #include "pool.hpp"
+#include "stage.hpp"
 #include "task.hpp"
 
 // Defined by the generated library.cpp.
@@ -62,14 +64,20 @@ int32_t guarded(fdl_kernels* kernels, Body body) {
   }
 }
 
-// Calls work(i) for 0 <= i < count on all threads.
+// Calls work(i) for 0 <= i < sum of `waves` on all threads, which share every wave alike. Throws std::bad_alloc.
 template <class Work>
-int32_t parallel_for(Pool& pool, int64_t count, Work work) {
-  std::atomic<int64_t> next{0};
-  auto job = [&](int) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
-  };
+int32_t parallel_for(Pool& pool, std::initializer_list<int64_t> waves, Work work) {
+  Stage stage(pool);
+  stage.begin(pool.threads());
+  for (const int64_t tasks : waves) stage.add_wave(tasks);
+  stage.seal();
+  auto job = [&](int thread) { stage.work_off(thread, [&](int64_t i, int64_t) { work(i); }); };
   return pool.run(job) ? FDL_OK : FDL_E_THREAD;
+}
+
+inline bool valid(const fdl_expert& expert) {
+  const bool biases = expert.gate_bias && expert.up_bias && expert.down_bias;
+  return expert.gate && expert.up && expert.down && (!kBias || biases);
 }
 
 inline bool valid(const fdl_moe_call& call) {
@@ -109,11 +117,14 @@ int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, fdl_kern
   *out = nullptr;
   const fdl::Variant* variant = fdl::find_variant(isa);
   if (!variant) return FDL_E_ISA;
-  std::unique_ptr<fdl_kernels> kernels(new (std::nothrow) fdl_kernels(*variant, threads));
-  if (!kernels) return FDL_E_MEMORY;
-  if (!kernels->pool.start(cpus)) return FDL_E_THREAD;
-  *out = kernels.release();
-  return FDL_OK;
+  try {
+    auto kernels = std::make_unique<fdl_kernels>(*variant, threads);
+    if (!kernels->pool.start(cpus)) return FDL_E_THREAD;
+    *out = kernels.release();
+    return FDL_OK;
+  } catch (const std::bad_alloc&) {
+    return FDL_E_MEMORY;
+  }
 }
 
 void fdl_close(fdl_kernels* kernels) {
@@ -124,26 +135,38 @@ void fdl_close(fdl_kernels* kernels) {
 
 const char* fdl_isa(const fdl_kernels* kernels) { return kernels ? kernels->variant.isa : ""; }
 
-int32_t fdl_pack(fdl_kernels* kernels, const uint16_t* gate, const uint16_t* up, const uint16_t* down,
-                 uint16_t* packed) {
-  if (!kernels || !gate || !up || !down || !packed) return FDL_E_ARGUMENT;
+int32_t fdl_pack(fdl_kernels* kernels, const fdl_expert* expert, uint16_t* packed) {
+  if (!kernels || !expert || !fdl::valid(*expert) || !packed) return FDL_E_ARGUMENT;
   return fdl::guarded(kernels, [&] {
-    return fdl::parallel_for(kernels->pool, fdl::kGateUpBlocks + fdl::kDownBlocks, [&](int64_t block) {
+    return fdl::parallel_for(kernels->pool, {fdl::kGateUpBlocks, fdl::kDownBlocks}, [&](int64_t block) {
       const uint16_t* rows[fdl::kLanes];
-      fdl::rows_of_block(block, gate, up, down, rows);
-      fdl::pack_block(rows, fdl::block_inputs(block), reinterpret_cast<uint32_t*>(packed) + fdl::block_offset(block));
+      fdl::rows_of_block<const uint16_t*>(block, expert->gate, expert->up, expert->down, rows);
+      auto* lanes = reinterpret_cast<uint32_t*>(packed);
+      fdl::pack_block(rows, fdl::block_inputs(block), lanes + fdl::block_offset(block));
+      if constexpr (fdl::kBias) {
+        for (int64_t lane = 0; lane < fdl::kLanes; ++lane) {
+          const uint16_t* bias =
+              fdl::bias_of_lane(block, lane, expert->gate_bias, expert->up_bias, expert->down_bias);
+          lanes[fdl::bias_offset(block) + lane] = bias ? static_cast<uint32_t>(*bias) << 16 : 0;  // the same number in fp32
+        }
+      }
     });
   });
 }
 
-int32_t fdl_unpack(fdl_kernels* kernels, const uint16_t* packed, uint16_t* gate, uint16_t* up, uint16_t* down) {
-  if (!kernels || !gate || !up || !down || !packed) return FDL_E_ARGUMENT;
+int32_t fdl_unpack(fdl_kernels* kernels, const uint16_t* packed, const fdl_expert* expert) {
+  if (!kernels || !expert || !fdl::valid(*expert) || !packed) return FDL_E_ARGUMENT;
   return fdl::guarded(kernels, [&] {
-    return fdl::parallel_for(kernels->pool, fdl::kGateUpBlocks + fdl::kDownBlocks, [&](int64_t block) {
+    return fdl::parallel_for(kernels->pool, {fdl::kGateUpBlocks, fdl::kDownBlocks}, [&](int64_t block) {
       uint16_t* rows[fdl::kLanes];
-      fdl::rows_of_block(block, gate, up, down, rows);
-      fdl::unpack_block(reinterpret_cast<const uint32_t*>(packed) + fdl::block_offset(block), fdl::block_inputs(block),
-                        rows);
+      fdl::rows_of_block<uint16_t*>(block, expert->gate, expert->up, expert->down, rows);
+      const auto* lanes = reinterpret_cast<const uint32_t*>(packed);
+      fdl::unpack_block(lanes + fdl::block_offset(block), fdl::block_inputs(block), rows);
+      if constexpr (fdl::kBias) {
+        for (int64_t lane = 0; lane < fdl::kLanes; ++lane)
+          if (uint16_t* bias = fdl::bias_of_lane(block, lane, expert->gate_bias, expert->up_bias, expert->down_bias))
+            *bias = static_cast<uint16_t>(lanes[fdl::bias_offset(block) + lane] >> 16);
+      }
     });
   });
 }
@@ -168,7 +191,7 @@ int32_t fdl_probe_read(fdl_kernels* kernels, const void* data, int64_t bytes, do
   return fdl::guarded(kernels, [&]() -> int32_t {
     constexpr int64_t kPiece = 1 << 20;
     const int64_t begin = fdl::now_ns();
-    const int32_t status = fdl::parallel_for(kernels->pool, (bytes + kPiece - 1) / kPiece, [&](int64_t i) {
+    const int32_t status = fdl::parallel_for(kernels->pool, {(bytes + kPiece - 1) / kPiece}, [&](int64_t i) {
       const int64_t first = i * kPiece;
       const int64_t length = bytes - first < kPiece ? bytes - first : kPiece;
       kernels->variant.read(static_cast<const char*>(data) + first, length);

@@ -1,4 +1,5 @@
-// One MoE layer's CPU share: tokens sorted by expert, two phases of tasks in one parallel region, weighted sum per token.
+// One MoE layer's CPU share in one parallel region of four stages: inputs into tiles, sorted by expert; gate and up; down;
+// weighted sum per token.
 //
 // The result does not depend on the number of threads: every sum is made by one task in a fixed order, and a token's experts
 // are added in the order of its top-k.
@@ -11,8 +12,10 @@
 #include <new>
 
 #include "abi.h"
+#include "activations.hpp"
 #include "layout.hpp"
 #include "pool.hpp"
+#include "stage.hpp"
 #include "task.hpp"
 
 namespace fdl {
@@ -62,27 +65,27 @@ class Carver {
 
 class MoeLayer {
  public:
-  MoeLayer(const Variant& variant, Pool& pool) : variant_(variant), pool_(pool) {}
+  // Throws std::bad_alloc.
+  MoeLayer(const Variant& variant, Pool& pool)
+      : variant_(variant), pool_(pool), filling_(pool), computing_{Stage(pool), Stage(pool)}, combining_(pool) {}
 
+  // Throws std::bad_alloc.
   int32_t run(const fdl_moe_call& call) {
     if (!count_rows(call)) return FDL_E_ARGUMENT;
     if (rows_ == 0) {
       std::fill(call.out, call.out + call.tokens * kHidden, 0.0f);
       return FDL_OK;
     }
-    arrange();
     sort_rows(call);
     const bool alone = active_ * kPackedBytes + rows_ * kRowCost < kAloneCost;
-    gathering_.reset(gathered_ * kHidden < kSerialElements ? 0 : divide_up(gathered_, kTokenStep));
-    combining_.reset(call.tokens * kHidden < kSerialElements ? 0 : divide_up(call.tokens, kTokenStep));
-    if (gathering_.total() == 0) gather(call, 0, gathered_);
+    deal(call, alone ? 1 : pool_.threads());
+    if (filling_.total() == 0)
+      for (int64_t i = 0; i < tiles_; ++i) fill(call, i);
     auto region = [&](int worker) {
-      gathering_.work_off(pool_, [&](int64_t i) {
-        gather(call, i * kTokenStep, std::min((i + 1) * kTokenStep, gathered_));
-      });
-      phase(call, Phase::gate_up, worker);
-      phase(call, Phase::down, worker);
-      combining_.work_off(pool_, [&](int64_t i) {
+      filling_.work_off(worker, [&](int64_t i, int64_t) { fill(call, i); });
+      computing_[0].work_off(worker, [&](int64_t i, int64_t next) { compute(Phase::gate_up, i, next, worker); });
+      computing_[1].work_off(worker, [&](int64_t i, int64_t next) { compute(Phase::down, i, next, worker); });
+      combining_.work_off(worker, [&](int64_t i, int64_t) {
         combine(call, i * kTokenStep, std::min((i + 1) * kTokenStep, call.tokens));
       });
     };
@@ -96,35 +99,45 @@ class MoeLayer {
   }
 
  private:
-  // Tokens of an expert that one task takes: their sums stay in the second-level cache.
-  static constexpr int64_t kTokenChunk = 256;
+  // Most tokens of an expert that pass over its weights together, a multiple of every tile: their sums and a depth block of
+  // their activations stay in the second-level cache.
+  static constexpr int64_t kUnitTokens = 252;
   // Below so many elements one thread copies or adds sooner than several agree to.
   static constexpr int64_t kSerialElements = 32768;
-  // Tokens copied or added up by one task.
+  // Tokens added up by one task.
   static constexpr int64_t kTokenStep = 16;
   // A layer that reads fewer bytes of weights than this takes one thread some 50 us from memory, less from the cache. Another
   // thread has to wake first, and may find its CPU taken by a thread of torch's that spins after a parallel region. Computing
   // on a row takes time as well: about that of reading a 32nd of the weights.
   static constexpr int64_t kAloneCost = 2 * 1024 * 1024;
   static constexpr int64_t kRowCost = kPackedBytes / 32;
-  // Weights of one task, at least: what a thread streams in some microseconds.
-  static constexpr int64_t kTaskBytes = 128 * 1024;
-  // Room that keeps consecutive rows out of the same cache sets when the sizes are powers of two.
-  static constexpr int64_t kRowSkewBytes = 64;
+  // Weights of one task, about: what a thread streams in some microseconds.
+  static constexpr int64_t kTaskBytes = 96 * 1024;
+  // Units are dealt out together until every thread has so many tasks of them.
+  static constexpr int64_t kWaveTasks = 4;
 
-  struct Expert {
-    int32_t id;
-    int32_t rows;
-    int64_t first_row;
-    int64_t first_task[2];
+  // Rows of one expert that pass over its weights together.
+  struct Unit {
+    const uint32_t* packed;
+    int64_t first_row, rows;
     int64_t first_block;  // of gate/up: those before are left to the accelerator
+    int64_t first_tile;
+  };
+  // Blocks of a unit's weights on one memory node, and the first of the tasks they make.
+  struct Run {
+    const Unit* unit;
+    int64_t first_block, last_block;
+    int64_t first_task;
   };
 
   static constexpr int64_t kBlocks[2] = {kGateUpBlocks, kDownBlocks};
-  // Blocks that one task takes of one expert, by phase.
-  static constexpr int64_t kGroups[2] = {
-      std::min((kTaskBytes + kGateUpBlockLanes * 4 - 1) / (kGateUpBlockLanes * 4), kGateUpBlocks),
-      std::min((kTaskBytes + kDownBlockLanes * 4 - 1) / (kDownBlockLanes * 4), kDownBlocks)};
+  // Blocks that one task takes, by phase.
+  static constexpr int64_t kGroups[2] = {std::max<int64_t>(kTaskBytes / (kGateUpBlockLanes * 4), 1),
+                                         std::max<int64_t>(kTaskBytes / (kDownBlockLanes * 4), 1)};
+  static constexpr int64_t kInputStride = kHiddenPairs * 2;
+  static constexpr int64_t kMiddleStride = kGateUpBlocks * kGateLanes;
+  // Room that keeps consecutive rows out of the same cache sets when the sizes are powers of two.
+  static constexpr int64_t kResultStride = kDownBlocks * kLanes + 16;
 
   static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -133,172 +146,175 @@ class MoeLayer {
            (!call.strategy || call.strategy[id] == FDL_CPU || call.strategy[id] == FDL_SPLIT);
   }
 
-  // Counts the (token, choice) rows of each expert. False if one that is needed has no weights.
+  // Counts the (token, choice) rows of each expert and parts them into units. False if an expert that is needed has no
+  // weights.
   bool count_rows(const fdl_moe_call& call) {
-    choices_ = call.tokens * call.top_k;
-    tokens_ = call.tokens;
+    const int64_t choices = call.tokens * call.top_k;
+    const int64_t most_units = std::min<int64_t>(choices, call.num_experts) + choices / kUnitTokens;
     auto carve = [&](Carver carver) {
       counts_ = carver.take<int32_t>(call.num_experts);
-      experts_ = carver.take<Expert>(call.num_experts);
+      units_ = carver.take<Unit>(most_units);
+      for (Run*& runs : runs_) runs = carver.take<Run>(most_units * pool_.nodes());
       return carver.used();
     };
     carve(Carver(small_.reserve(carve(Carver(nullptr)))));
     std::fill(counts_, counts_ + call.num_experts, 0);
-    for (int64_t i = 0; i < choices_; ++i)
+    for (int64_t i = 0; i < choices; ++i)
       if (wanted(call, call.topk_ids[i])) ++counts_[call.topk_ids[i]];
-    rows_ = 0;
-    active_ = 0;
-    int64_t tasks[2] = {0, 0};
+    rows_ = active_ = count_ = tiles_ = 0;
     for (int32_t id = 0; id < call.num_experts; ++id) {
-      if (counts_[id] == 0) continue;
+      const int64_t rows = counts_[id];
+      if (rows == 0) continue;
       if (!call.experts[id]) return false;
       const bool split = call.strategy && call.strategy[id] == FDL_SPLIT;
       const int64_t first_block = split ? call.split_rows / kGateLanes : 0;
-      experts_[active_++] = {id, counts_[id], rows_, {tasks[0], tasks[1]}, first_block};
-      rows_ += counts_[id];
-      const int64_t chunks = divide_up(counts_[id], kTokenChunk);
-      tasks[0] += divide_up(kGateUpBlocks - first_block, kGroups[0]) * chunks;
-      tasks[1] += divide_up(kDownBlocks, kGroups[1]) * chunks;
+      const Tiles units(rows, kUnitTokens);
+      for (int64_t i = 0; i < units.count; ++i) {
+        units_[count_++] = {reinterpret_cast<const uint32_t*>(call.experts[id]), rows_ + units.first(i),
+                            units.tokens(i), first_block, tiles_};
+        tiles_ += Tiles(units.tokens(i), variant_.tile_tokens).count;
+      }
+      counts_[id] = static_cast<int32_t>(rows_);  // from here on: the expert's next row
+      rows_ += rows;
+      ++active_;
     }
-    for (int phase = 0; phase < 2; ++phase) computing_[phase].reset(tasks[phase]);
     return true;
   }
 
-  // Places all buffers of this call.
-  void arrange() {
-    const int64_t skew = kRowSkewBytes / variant_.element_bytes;
-    input_stride_ = divide_up(kHidden, 64) * 64 + skew;
-    middle_stride_ = divide_up(kIntermediate, 64) * 64 + skew;
-    result_stride_ = divide_up(kHidden, kLanes) * kLanes + kRowSkewBytes / static_cast<int64_t>(sizeof(float));
-    const int64_t most_inputs = std::min(tokens_, rows_);
+  // Places the buffers of this call, and orders its rows by expert, then token.
+  void sort_rows(const fdl_moe_call& call) {
     auto carve = [&](Carver carver) {
-      gathered_tokens_ = carver.take<int32_t>(most_inputs);
-      row_inputs_ = carver.take<int32_t>(rows_);
-      choice_rows_ = carver.take<int32_t>(choices_);
-      inputs_ = carver.take<char>(most_inputs * input_stride_ * variant_.element_bytes);
-      middle_ = carver.take<char>(rows_ * middle_stride_ * variant_.element_bytes);
-      results_ = carver.take<float>(rows_ * result_stride_);
-      sums_ = carver.take<float>(pool_.threads() * kTokenChunk * kLanes);
+      row_tokens_ = carver.take<int32_t>(rows_);
+      choice_rows_ = carver.take<int32_t>(call.tokens * call.top_k);
+      inputs_ = carver.take<char>(rows_ * kInputStride * variant_.element_bytes);
+      middle_ = carver.take<char>(rows_ * kMiddleStride * variant_.element_bytes);
+      results_ = carver.take<float>(rows_ * kResultStride);
+      sums_ = carver.take<float>(pool_.threads() * kUnitTokens * kLanes);
       return carver.used();
     };
     carve(Carver(large_.reserve(carve(Carver(nullptr)))));
-  }
-
-  // Rows in the order of experts, then tokens; inputs that any row needs get a slot.
-  void sort_rows(const fdl_moe_call& call) {
-    for (int32_t i = 0; i < active_; ++i) counts_[experts_[i].id] = static_cast<int32_t>(experts_[i].first_row);
-    gathered_ = 0;
     int64_t choice = 0;
     for (int64_t token = 0; token < call.tokens; ++token) {
-      bool any = false;
       for (int32_t k = 0; k < call.top_k; ++k, ++choice) {
         const int64_t id = call.topk_ids[choice];
-        choice_rows_[choice] = -1;
-        if (!wanted(call, id)) continue;
-        any = true;
-        const int32_t row = counts_[id]++;
-        row_inputs_[row] = static_cast<int32_t>(gathered_);
+        const int32_t row = wanted(call, id) ? counts_[id]++ : -1;
         choice_rows_[choice] = row;
+        if (row >= 0) row_tokens_[row] = static_cast<int32_t>(token);
       }
-      if (any) gathered_tokens_[gathered_++] = static_cast<int32_t>(token);
     }
   }
 
-  // Copies inputs [first, last) to rows of the variant's elements with a zero after an odd end.
-  void gather(const fdl_moe_call& call, int64_t first, int64_t last) const {
-    for (int64_t slot = first; slot < last; ++slot) {
-      const uint16_t* from = call.hidden + gathered_tokens_[slot] * call.hidden_stride;
-      char* to = inputs_ + slot * input_stride_ * variant_.element_bytes;
-      if (variant_.element_bytes == 2) {
-        std::memcpy(to, from, kHidden * 2);
-      } else {
-        uint32_t* wide = reinterpret_cast<uint32_t*>(to);
-        for (int64_t i = 0; i < kHidden; ++i) wide[i] = static_cast<uint32_t>(from[i]) << 16;
+  // Deals this call's tasks out to so many threads.
+  void deal(const fdl_moe_call& call, int threads) {
+    filling_.begin(threads);
+    if (rows_ * kHidden >= kSerialElements) filling_.add_wave(tiles_);
+    filling_.seal();
+    for (int index = 0; index < 2; ++index) {
+      Stage& stage = computing_[index];
+      stage.begin(threads);
+      Run* run = runs_[index];
+      for (int64_t first = 0, last = 0; first < count_; first = last) {
+        int64_t tasks = 0;
+        for (; last < count_ && tasks < kWaveTasks * threads; ++last)
+          tasks += divide_up(kBlocks[index] - first_block(units_[last], index), kGroups[index]);
+        const int64_t before = stage.total();
+        tasks = 0;
+        for (int node = 0; node < pool_.nodes(); ++node) {
+          for (const Unit* unit = units_ + first; unit != units_ + last; ++unit) {
+            const int64_t begin = first_block(*unit, index), blocks = kBlocks[index] - begin;
+            *run = {unit, begin + blocks * node / pool_.nodes(), begin + blocks * (node + 1) / pool_.nodes(),
+                    before + tasks};
+            tasks += divide_up(run->last_block - run->first_block, kGroups[index]);
+            ++run;
+          }
+        }
+        stage.add_wave(tasks);
       }
-      std::memset(to + kHidden * variant_.element_bytes, 0, variant_.element_bytes);
+      stage.seal();
+      run_counts_[index] = run - runs_[index];
     }
+    combining_.begin(threads);
+    if (call.tokens * kHidden >= kSerialElements) combining_.add_wave(divide_up(call.tokens, kTokenStep));
+    combining_.seal();
   }
 
-  // One task: some blocks of one expert's weights for some of its rows.
-  struct Place {
-    const uint32_t* packed;
-    int64_t first_block, last_block, first_row, last_row;
-    int64_t first_pair;  // of the intermediate columns that are computed here
-  };
+  static int64_t first_block(const Unit& unit, int index) { return index == 0 ? unit.first_block : 0; }
 
-  // Where a task of phase `index` is; `at` is an expert at or before its own, and becomes it.
-  Place locate(const fdl_moe_call& call, int index, int64_t task, int32_t& at) const {
-    while (at + 1 < active_ && experts_[at + 1].first_task[index] <= task) ++at;
-    const Expert& expert = experts_[at];
-    // Chunks of tokens of the same weights follow each other: the second finds them in the shared cache.
-    const int64_t chunks = divide_up(expert.rows, kTokenChunk);
-    const int64_t group = (task - expert.first_task[index]) / chunks;
-    const int64_t chunk = (task - expert.first_task[index]) % chunks;
-    Place place;
-    place.packed = reinterpret_cast<const uint32_t*>(call.experts[expert.id]);
-    place.first_block = (index == 0 ? expert.first_block : 0) + group * kGroups[index];
-    place.first_pair = expert.first_block * kGateLanes / 2;
-    place.last_block = std::min(place.first_block + kGroups[index], kBlocks[index]);
-    place.first_row = expert.first_row + expert.rows * chunk / chunks;
-    place.last_row = expert.first_row + expert.rows * (chunk + 1) / chunks;
-    return place;
+  // Lays one tile's inputs out.
+  void fill(const fdl_moe_call& call, int64_t index) const {
+    constexpr int64_t kMostTile = 64;
+    const Unit& unit = *(std::upper_bound(units_, units_ + count_, index,
+                                          [](int64_t tile, const Unit& u) { return tile < u.first_tile; }) - 1);
+    const Tiles tiles(unit.rows, variant_.tile_tokens);
+    const int64_t tokens = tiles.tokens(index - unit.first_tile);
+    const int64_t row = unit.first_row + tiles.first(index - unit.first_tile);
+    const uint16_t* from[kMostTile];
+    for (int64_t m = 0; m < tokens; ++m) from[m] = call.hidden + row_tokens_[row + m] * call.hidden_stride;
+    char* to = inputs_ + row * kInputStride * variant_.element_bytes;
+    if (variant_.element_bytes == 2)
+      fill_tile<2>(from, tokens, kHidden, to);
+    else
+      fill_tile<4>(from, tokens, kHidden, to);
   }
 
-  static const uint32_t* weights_of(const Place& place, Phase which, int64_t block) {
-    return which == Phase::gate_up
-               ? place.packed + block * kGateUpBlockLanes
-               : place.packed + kDownOffsetLanes + block * kDownBlockLanes + place.first_pair * kLanes;
+  static const uint32_t* weights_of(const Unit& unit, Phase which, int64_t block) {
+    return which == Phase::gate_up ? unit.packed + block * kGateUpBlockLanes
+                                   : unit.packed + kDownOffsetLanes + block * kDownBlockLanes +
+                                         unit.first_block * kGateLanes / 2 * kLanes;
   }
 
-  // Takes tasks of a phase until none is left. While many are left a thread claims its next one early, to fetch the weights;
-  // near the end it does not, so that no thread waits for a task that another holds but has not begun.
-  void phase(const fdl_moe_call& call, Phase which, int worker) {
+  // Of an expert that is split, the down biases are added here: the packed half on the accelerator has none.
+  static const float* bias_of(const Unit& unit, Phase which, int64_t block) {
+    return reinterpret_cast<const float*>(unit.packed + kBiasOffsetLanes) +
+           (which == Phase::gate_up ? block : kGateUpBlocks + block) * kLanes;
+  }
+
+  const Run& run_of(int index, int64_t task) const {
+    return *(std::upper_bound(runs_[index], runs_[index] + run_counts_[index], task,
+                              [](int64_t t, const Run& run) { return t < run.first_task; }) - 1);
+  }
+
+  // One task: some blocks of one unit. `following` is this thread's next one, worth fetching ahead, or -1.
+  void compute(Phase which, int64_t task, int64_t following, int worker) const {
     const int index = which == Phase::gate_up ? 0 : 1;
-    Tasks& tasks = computing_[index];
-    int32_t at = 0;
-    int64_t task = tasks.claim();
-    while (task < tasks.total()) {
-      const Place place = locate(call, index, task, at);
-      const bool early = task + 4 * pool_.threads() < tasks.total();
-      const int64_t following = early ? tasks.claim() : tasks.total();
-      const uint32_t* after = nullptr;
-      if (following < tasks.total()) {
-        const Place then = locate(call, index, following, at);
-        after = weights_of(then, which, then.first_block);
-      }
-      for (int64_t block = place.first_block; block < place.last_block; ++block) {
-        const uint32_t* next = block + 1 < place.last_block ? weights_of(place, which, block + 1) : after;
-        run_block(place, which, block, next, worker);
-      }
-      tasks.complete();
-      task = early ? following : tasks.claim();
+    const auto first_of = [&](const Run& run, int64_t number) {
+      return run.first_block + (number - run.first_task) * kGroups[index];
+    };
+    const Run& run = run_of(index, task);
+    const uint32_t* after = nullptr;
+    if (following >= 0) {
+      const Run& then = run_of(index, following);
+      after = weights_of(*then.unit, which, first_of(then, following));
     }
-    tasks.wait(pool_);
+    const int64_t first = first_of(run, task), last = std::min(first + kGroups[index], run.last_block);
+    for (int64_t block = first; block < last; ++block)
+      compute_block(*run.unit, which, block, block + 1 < last ? weights_of(*run.unit, which, block + 1) : after, worker);
   }
 
-  void run_block(const Place& place, Phase which, int64_t block, const uint32_t* next, int worker) const {
+  void compute_block(const Unit& unit, Phase which, int64_t block, const uint32_t* next, int worker) const {
     Task task{};
     task.phase = which;
-    task.tokens = place.last_row - place.first_row;
-    task.weights = weights_of(place, which, block);
+    task.tokens = unit.rows;
+    task.weights = weights_of(unit, which, block);
+    if constexpr (kBias) task.bias = bias_of(unit, which, block);
     task.next = next;
+    task.sums = sums_ + worker * kUnitTokens * kLanes;
+    char* middle = middle_ + unit.first_row * kMiddleStride * variant_.element_bytes;
     if (which == Phase::gate_up) {
       task.pairs = kHiddenPairs;
-      task.activations = inputs_;
-      task.activation_stride = input_stride_;
-      task.rows = row_inputs_ + place.first_row;
-      task.sums = sums_ + worker * kTokenChunk * kLanes;
-      task.sum_stride = kLanes;
-      task.intermediate = middle_ + (place.first_row * middle_stride_ + block * kGateLanes) * variant_.element_bytes;
-      task.intermediate_stride = middle_stride_;
+      task.activations = inputs_ + unit.first_row * kInputStride * variant_.element_bytes;
+      task.activation_stride = kInputStride;
+      task.intermediate = middle;
+      task.intermediate_stride = kMiddleStride;
+      task.intermediate_pair = block * kGateLanes / 2;
       task.columns = std::min(kGateLanes, kIntermediate - block * kGateLanes);
     } else {
-      task.pairs = kIntermediatePairs - place.first_pair;
-      task.activations =
-          middle_ + (place.first_row * middle_stride_ + 2 * place.first_pair) * variant_.element_bytes;
-      task.activation_stride = middle_stride_;
-      task.sums = results_ + place.first_row * result_stride_ + block * kLanes;
-      task.sum_stride = result_stride_;
+      task.first_pair = unit.first_block * kGateLanes / 2;
+      task.pairs = kIntermediatePairs - task.first_pair;
+      task.activations = middle;
+      task.activation_stride = kMiddleStride;
+      task.results = results_ + unit.first_row * kResultStride + block * kLanes;
+      task.result_stride = kResultStride;
     }
     variant_.run(task);
   }
@@ -312,7 +328,7 @@ class MoeLayer {
         const int64_t choice = token * call.top_k + k;
         if (choice_rows_[choice] < 0) continue;
         const float weight = call.topk_weights[choice];
-        const float* result = results_ + choice_rows_[choice] * result_stride_;
+        const float* result = results_ + choice_rows_[choice] * kResultStride;
         if (any) {
           for (int64_t i = 0; i < kHidden; ++i) out[i] += weight * result[i];
         } else {
@@ -329,19 +345,18 @@ class MoeLayer {
   Workspace small_, large_;
 
   // Of the call in progress.
-  int64_t tokens_ = 0, choices_ = 0, rows_ = 0, gathered_ = 0;
-  int32_t active_ = 0;
+  int64_t rows_ = 0, active_ = 0, count_ = 0, tiles_ = 0;
+  int64_t run_counts_[2] = {0, 0};
   int32_t* counts_ = nullptr;
-  Expert* experts_ = nullptr;
-  int32_t* gathered_tokens_ = nullptr;
-  int32_t* row_inputs_ = nullptr;
+  Unit* units_ = nullptr;
+  Run* runs_[2] = {nullptr, nullptr};
+  int32_t* row_tokens_ = nullptr;
   int32_t* choice_rows_ = nullptr;
-  int64_t input_stride_ = 0, middle_stride_ = 0, result_stride_ = 0;
   char* inputs_ = nullptr;
   char* middle_ = nullptr;
   float* results_ = nullptr;
   float* sums_ = nullptr;
-  Tasks gathering_, computing_[2], combining_;
+  Stage filling_, computing_[2], combining_;
 };
 
 }  // namespace fdl

@@ -95,11 +95,23 @@ inline void rows_of_block(int64_t index, Pointer gate, Pointer up, Pointer down,
   }
 }
 
-// Lanes before block `index`, and its inputs.
+// The bias of one lane of block `index`, or null where the block has no such output.
+template <class Pointer>
+inline Pointer bias_of_lane(int64_t index, int64_t lane, Pointer gate, Pointer up, Pointer down) {
+  if (index < kGateUpBlocks) {
+    const int64_t row = index * kGateLanes + lane % kGateLanes;
+    return row < kIntermediate ? (lane < kGateLanes ? gate : up) + row : nullptr;
+  }
+  const int64_t row = (index - kGateUpBlocks) * kLanes + lane;
+  return row < kHidden ? down + row : nullptr;
+}
+
+// Lanes before block `index`, before its biases, and its inputs.
 inline int64_t block_offset(int64_t index) {
   return index < kGateUpBlocks ? index * kGateUpBlockLanes
                                : kDownOffsetLanes + (index - kGateUpBlocks) * kDownBlockLanes;
 }
+inline int64_t bias_offset(int64_t index) { return kBiasOffsetLanes + index * kLanes; }
 inline int64_t block_inputs(int64_t index) { return index < kGateUpBlocks ? kHidden : kIntermediate; }
 
 }  // namespace fdl

@@ -1,7 +1,7 @@
 // A pool of threads for short parallel regions: they spin briefly between regions, then sleep.
 //
-// The caller of run() is worker 0. The others join a region if they wake in time: work is handed out as tasks, so a thread
-// that the system runs late delays nobody. Nothing here allocates after construction. After a fork the child starts threads
+// The caller of run() is worker 0. The others join a region if they wake in time: work is handed out as tasks (stage.hpp), so a
+// thread that the system runs late delays nobody. Nothing here allocates after construction. After a fork the child starts threads
 // of its own at its next region.
 #pragma once
 
@@ -72,9 +72,10 @@ class Event {
 
 class Pool {
  public:
-  // How long a worker waits for its next region before it sleeps, and a member of a region for the others.
+  // How long a worker waits for its next region before it sleeps.
   static constexpr int64_t kIdleSpinNs = 30'000;
-  static constexpr int64_t kRegionSpinNs = 200'000;
+  // Threads that share a cache line which they write. More would wait for each other on machines with many cores.
+  static constexpr int kGroup = 16;
 
   explicit Pool(int threads) : threads_(threads) {}
   Pool(const Pool&) = delete;
@@ -82,16 +83,20 @@ class Pool {
   ~Pool() { stop(); }
 
   int threads() const { return threads_; }
+  // Memory nodes that the threads are spread over: thread t is on node t * nodes() / threads().
+  int nodes() const { return nodes_; }
 
   // Starts the workers, pinned to cpus[1 ..] unless null. False if a thread could not be started; then none runs.
   bool start(const int32_t* cpus) {
     workers_.reset(new (std::nothrow) Worker[threads_]);
-    if (!workers_) return false;
+    gates_.reset(new (std::nothrow) Gate[divide_up(threads_, kGroup)]);
+    if (!workers_ || !gates_) return false;
     for (int i = 1; i < threads_; ++i) {
       workers_[i].pool = this;
       workers_[i].index = i;
       workers_[i].cpu = cpus ? cpus[i] : -1;
     }
+    nodes_ = cpus ? nodes_of(cpus, threads_) : 1;
     return launch();
   }
 
@@ -106,18 +111,29 @@ class Pool {
     }
     call_ = [](void* context, int worker) { (*static_cast<Job*>(context))(worker); };
     context_ = &job;
-    members_.fetch_and(~kClosed);
-    start_.advance();
-    job(0);
-    members_.fetch_or(kClosed);
-    for (;;) {
-      const uint32_t seen = left_.value();
-      if ((members_.load() & ~kClosed) == 0) return true;
-      left_.wait_while(seen, region_spin());
+    for (Gate* gate = gates_.get(); gate != gates_end(); ++gate) {
+      gate->members.fetch_and(~kClosed);
+      gate->start.advance();
     }
+    job(0);
+    for (Gate* gate = gates_.get(); gate != gates_end(); ++gate) gate->members.fetch_or(kClosed);
+    for (Gate* gate = gates_.get(); gate != gates_end(); ++gate)
+      wait_until([gate] { return gate->members.load() == kClosed; });
+    return true;
   }
 
-  int64_t region_spin() const { return spin(kRegionSpinNs); }
+  // Returns when done() is true, which another thread makes it soon. Offers this CPU to others meanwhile: that thread may
+  // need it.
+  template <class Done>
+  void wait_until(Done done) const {
+    constexpr int kPauses = 100;
+    for (int looks = 0; !done(); ++looks) {
+      if (looks < kPauses && !oversubscribed_)
+        __builtin_ia32_pause();
+      else
+        sched_yield();
+    }
+  }
 
  private:
   struct Worker {
@@ -126,9 +142,15 @@ class Pool {
     int cpu = -1;
     pthread_t thread{};
   };
+  // Where a group of threads waits for regions, and how many of them are in one.
+  struct Gate {
+    alignas(128) Event start;
+    alignas(128) std::atomic<uint32_t> members{kClosed};
+  };
+  static constexpr uint32_t kClosed = 1u << 31;  // none may begin
 
-  // Spinning takes the CPU from a thread that has work when there are more threads than CPUs.
-  int64_t spin(int64_t ns) const { return oversubscribed_ ? 0 : ns; }
+  static int divide_up(int a, int b) { return (a + b - 1) / b; }
+  Gate* gates_end() const { return gates_.get() + divide_up(threads_, kGroup); }
 
   bool launch() {
     process_ = getpid();
@@ -157,20 +179,22 @@ class Pool {
   }
 
   void serve(int index) {
+    Gate& gate = gates_[index / kGroup];
     for (uint32_t seen = 0;;) {
-      start_.wait_while(seen, spin(kIdleSpinNs));
-      seen = start_.value();
+      // Spinning takes the CPU from a thread that has work when there are more threads than CPUs.
+      gate.start.wait_while(seen, oversubscribed_ ? 0 : kIdleSpinNs);
+      seen = gate.start.value();
       if (stopping_.load(std::memory_order_acquire)) return;
       // Whoever comes after the region was closed has no business with it; the count is right either way.
-      if ((members_.fetch_add(1) & kClosed) == 0) call_(context_, index);
-      if (members_.fetch_sub(1) == (kClosed | 1)) left_.advance();
+      if ((gate.members.fetch_add(1) & kClosed) == 0) call_(context_, index);
+      gate.members.fetch_sub(1);
     }
   }
 
   void stop() {
     if (process_ == getpid() && started_ > 1) {
       stopping_.store(true, std::memory_order_release);
-      start_.advance();
+      for (Gate* gate = gates_.get(); gate != gates_end(); ++gate) gate->start.advance();
       for (int i = 1; i < started_; ++i) pthread_join(workers_[i].thread, nullptr);
     }
     started_ = 1;
@@ -178,69 +202,20 @@ class Pool {
 
   // The parent's threads do not exist in a child, and its counters may have been caught in the middle of a region.
   bool restart_after_fork() {
-    new (&start_) Event;
-    new (&left_) Event;
-    members_.store(kClosed);
+    for (Gate* gate = gates_.get(); gate != gates_end(); ++gate) new (gate) Gate;
     return launch();
   }
 
   const int threads_;
+  int nodes_ = 1;
   int started_ = 1;
   pid_t process_ = 0;
   bool oversubscribed_ = false;
   std::unique_ptr<Worker[]> workers_;
+  std::unique_ptr<Gate[]> gates_;
   void (*call_)(void*, int) = nullptr;
   void* context_ = nullptr;
   std::atomic<bool> stopping_{false};
-  static constexpr uint32_t kClosed = 1u << 31;
-  // Apart, so that waiting on one does not slow writes to another.
-  alignas(64) Event start_;
-  alignas(64) std::atomic<uint32_t> members_{kClosed};  // in the region now; kClosed: none may begin
-  alignas(64) Event left_;
-};
-
-// Numbered tasks that the members of a region take, and the wait until all are done.
-class Tasks {
- public:
-  // Between regions only.
-  void reset(int64_t total) {
-    total_ = total;
-    next_.store(0, std::memory_order_relaxed);
-    done_.store(0, std::memory_order_relaxed);
-  }
-
-  int64_t total() const { return total_; }
-
-  // A task of its own for the caller, or a number from total() on if there is none left.
-  int64_t claim() { return next_.fetch_add(1, std::memory_order_relaxed); }
-
-  void complete() {
-    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == total_) all_done_.advance();
-  }
-
-  // Does tasks until none is left, then waits for those that others took.
-  template <class Work>
-  void work_off(const Pool& pool, Work work) {
-    for (int64_t task; (task = claim()) < total_;) {
-      work(task);
-      complete();
-    }
-    wait(pool);
-  }
-
-  void wait(const Pool& pool) {
-    for (;;) {
-      const uint32_t seen = all_done_.value();
-      if (done_.load(std::memory_order_acquire) == total_) return;
-      all_done_.wait_while(seen, pool.region_spin());
-    }
-  }
-
- private:
-  int64_t total_ = 0;
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int64_t> done_{0};
-  Event all_done_;
 };
 
 }  // namespace fdl

@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FDL_ABI_VERSION 2
+#define FDL_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -73,7 +73,7 @@ typedef struct fdl_moe_call {
 
 /* What the library is. */
 int32_t fdl_abi_version(void);
-const char* fdl_describe(void); /* JSON: {"name", "hidden_size", "intermediate_size", "isas": [...], "symbols": [...]} */
+const char* fdl_describe(void); /* JSON: {"name", "hidden_size", "intermediate_size", "activation", "bias", "isas", "symbols"} */
 const char* fdl_error_text(int32_t status);
 int64_t fdl_packed_bytes(void);         /* of one expert, a multiple of 64 */
 int32_t fdl_isa_usable(const char* isa); /* 1 if built in and permitted by CPU and operating system */
@@ -84,10 +84,20 @@ int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, fdl_kern
 void fdl_close(fdl_kernels*);
 const char* fdl_isa(const fdl_kernels*);
 
-/* Row-major checkpoint tensors gate, up [intermediate][hidden] and down [hidden][intermediate] to the packed layout
- * (docs/kernels.md), and back. */
-int32_t fdl_pack(fdl_kernels*, const uint16_t* gate, const uint16_t* up, const uint16_t* down, uint16_t* packed);
-int32_t fdl_unpack(fdl_kernels*, const uint16_t* packed, uint16_t* gate, uint16_t* up, uint16_t* down);
+/* One expert in row-major order: gate, up [intermediate][hidden], down [hidden][intermediate], and where the library's
+ * experts have biases gate_bias, up_bias [intermediate], down_bias [hidden] (else NULL). All bf16. */
+typedef struct fdl_expert {
+  uint16_t* gate;
+  uint16_t* up;
+  uint16_t* down;
+  uint16_t* gate_bias;
+  uint16_t* up_bias;
+  uint16_t* down_bias;
+} fdl_expert;
+
+/* To the packed layout (docs/kernels.md), and back. */
+int32_t fdl_pack(fdl_kernels*, const fdl_expert* expert, uint16_t* packed);
+int32_t fdl_unpack(fdl_kernels*, const uint16_t* packed, const fdl_expert* expert);
 
 int32_t fdl_moe(fdl_kernels*, const fdl_moe_call*);
 

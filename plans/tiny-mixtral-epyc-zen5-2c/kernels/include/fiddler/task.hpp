@@ -7,26 +7,32 @@
 namespace fdl {
 
 enum class Phase : int32_t {
-  gate_up,  // intermediate = bf16(silu(x Wgate) * (x Wup)), for one block of 32 intermediate columns
-  down,     // y = intermediate Wdown, for one block of 64 output columns
+  gate_up,  // intermediate = bf16(activation(x Wgate + b, x Wup + b)), for one block of 16 intermediate columns
+  down,     // y = intermediate Wdown + b, for one block of 32 output columns
 };
 
 // One block of outputs for some of one expert's tokens.
-// Activations are the variant's elements: bf16, or fp32 holding bf16 values for variants without a bf16 multiply.
+//
+// Activations are the variant's elements: bf16, or fp32 holding bf16 values for variants without a bf16 multiply. They lie
+// in tiles, as many tokens as a register tile takes (Tiles below): the tile of M tokens that begins at token t starts at
+// element t * stride and holds [pairs][M][2] elements, so that a kernel reads it as one stream.
 struct Task {
   Phase phase;
   int64_t tokens;
-  int64_t pairs;             // depth: inputs of the block, in pairs
-  const uint32_t* weights;   // the block: [pairs][64] lanes
-  const uint32_t* next;      // the block that this thread works on next, worth fetching; or null
-  const void* activations;   // [rows][stride] elements; an odd depth is followed by a zero
-  int64_t activation_stride; // elements
-  const int32_t* rows;       // [tokens], which activation row each token reads; null: 0, 1, 2, ...
-  float* sums;               // gate_up: scratch [tokens][64]. down: the result, rows sum_stride apart
-  int64_t sum_stride;
-  void* intermediate;        // gate_up: the result's first column, elements
+  int64_t pairs;              // depth: inputs of the block, in pairs
+  int64_t first_pair;         // of the activations: the tiles' pairs before it belong to no weight here
+  const uint32_t* weights;    // the block: [pairs][32] lanes
+  const float* bias;          // of the block's 32 lanes; null where experts have none
+  const uint32_t* next;       // the block that this thread works on next, worth fetching; or null
+  const void* activations;
+  int64_t activation_stride;  // elements
+  float* sums;                // scratch, [tokens][32]
+  float* results;             // down: the block's columns of the first token; rows result_stride apart
+  int64_t result_stride;
+  void* intermediate;         // gate_up: the result, in tiles like the activations
   int64_t intermediate_stride;
-  int64_t columns;           // gate_up: how many of the 32 columns exist
+  int64_t intermediate_pair;  // where in the tiles the block's 8 pairs begin
+  int64_t columns;            // gate_up: how many of the 16 columns exist
 };
 
 // A kernel variant and what the host has to know to call it.
@@ -35,9 +41,25 @@ struct Variant {
   const char* symbol;
   bool (*usable)();                        // baseline code: asks the CPU and the operating system
   int32_t element_bytes;                   // of an activation: 2 or 4
+  int32_t tile_tokens;                     // most tokens of a tile
   void (*run)(const Task&);
   double (*burn)(int64_t steps);           // keeps the multiply units busy; returns the floating-point operations done
   void (*read)(const void*, int64_t);      // reads so many bytes
 };
 
 }  // namespace fdl
+
+namespace {  // internal linkage: this header is compiled for every instruction set
+
+// How tokens part into tiles: as few as possible, none more than one token larger than another.
+struct Tiles {
+  Tiles(int64_t tokens, int64_t most)
+      : count((tokens + most - 1) / most), least(count ? tokens / count : 0), larger(count ? tokens % count : 0) {}
+  int64_t first(int64_t tile) const { return tile * least + (tile < larger ? tile : larger); }
+  int64_t tokens(int64_t tile) const { return least + (tile < larger); }
+  int64_t most() const { return least + (larger > 0); }
+
+  int64_t count, least, larger;
+};
+
+}  // namespace
