@@ -36,4 +36,4 @@ def test_steps_without_experts(accelerator: str, tmp_path: Path, monkeypatch: py
     ]  # fmt: skip
     assert all(s.median_us > 0 and s.repeats >= 5 and s.model_fingerprint == spec.fingerprint for s in samples)
     assert counters[0]["layers"] > 0
-    assert set(counters[0]["expert_calls"].values()) == {0}
+    assert sum(counters[0]["expert_calls"].values()) > 0, "experts run, and their time is subtracted"
