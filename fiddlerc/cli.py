@@ -623,7 +623,7 @@ def _print_explanation(counters: dict[str, Any]) -> None:
             if count:
                 out.print(f"  {strategy:9} {count:8} experts {tokens[strategy]:9} tokens")
         out.print(f"  {'a layer, us':26} {'predicted':>10} {'measured':>10} {'ratio':>6}")
-        _print_lanes("all", phase["lanes"])
+        _print_lanes("all", phase["lanes"] | {"slower lane": {"layers": phase["layers"], **phase["makespan"]}})
         for decision in phase["decisions"]:
             what = ", ".join(f"{count} {strategy}" for strategy, count in decision["experts"].items() if count)
             out.print(f"  {decision['layers'] / phase['layers']:.0%} of layers: {what or 'no expert'}")

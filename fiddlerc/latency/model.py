@@ -123,8 +123,8 @@ def _from_samples(calibration: Calibration, spec: ModelSpec) -> LatencyModel:
     }
     fast = by_regime["fast"].us
     cpu_us = np.stack([fast, *(np.maximum(fast, curve.us) for regime, curve in by_regime.items() if regime == "slow")])
-    slow = limits.cpu_slow_share
-    shares = np.array([1.0 - slow, slow]) if len(by_regime) > 1 else np.ones(1)
+    slow = limits.cpu_slow_share if len(by_regime) > 1 else 0.0
+    shares = np.array([1.0 - slow, slow]) if slow else np.ones(1)
     curves = [by_regime["slow" if slow > 0.5 else "fast"]]
     stream, gamma = NEVER_US, 0.0
     if calibration.machine.accelerator.kind != "none":

@@ -82,12 +82,16 @@ def _from_limits(calibration: Calibration, spec: ModelSpec, tokens: npt.NDArray[
     ceiling = _ceiling(calibration, efficiency=True)
     read = spec.non_expert_bytes / ceiling.bytes_per_us
     compute = spec.non_expert_bytes * tokens.astype(np.float64) / ceiling.flops_per_us
-    launches = roofline.GPU_LAYER_LAUNCH_US * spec.num_layers if on_gpu else 0.0
-    formula = f"max({launches:g} us, bytes / bandwidth, operations / peak), as much of either as an expert reaches"
+    computing = np.maximum(read, compute)
+    if on_gpu:
+        launches = roofline.GPU_LAYER_LAUNCH_US * spec.num_layers
+        us, formula = np.maximum(launches, computing), f"max({launches:g} us, bytes / bandwidth, operations / peak)"
+    else:
+        launches = roofline.CPU_LAYER_US * spec.num_layers
+        us, formula = launches + computing, f"{launches:g} us + max(bytes / bandwidth, operations / peak)"
+    formula += ", as much of either as an expert reaches"
     summary = CurveSummary("rest_of_step", "roofline of the limits", formula, 0.0, 0.0, 1.0, 1.0, 0, False, {})
-    return Rest(
-        np.maximum(launches, np.maximum(read, compute)), spec.kv_bytes_per_token / ceiling.bytes_per_us, summary
-    )
+    return Rest(us, spec.kv_bytes_per_token / ceiling.bytes_per_us, summary)
 
 
 def _ceiling(calibration: Calibration, *, efficiency: bool = False) -> Ceiling:

@@ -15,8 +15,11 @@ from matplotlib.figure import Figure
 from fiddler_runtime.plan import Header
 
 from ..ir import Calibration, CurveSummary, LatencyModel, Placement, Prediction
+from .text import format_rate
 from .timeline import LANES, Timeline
 
+_WIDTH = 6.0  # inches: on a phone's screen text of 10 points is still read, and a page of text is filled
+_LABEL_WIDTH = 0.013  # of one character in a bar, as part of the axis
 CPU, SLOW, GPU, COPY = "#c2571a", "#e3a06f", "#1f6f8b", "#6b6b6b"
 _STYLE = {
     # Element ids are hashed with this instead of a random number; text stays text, drawn in the reader's font.
@@ -121,7 +124,7 @@ def throughput(prediction: Prediction) -> Figure:
     results = prediction.results
     names = [result.policy for result in results]
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(7.2, 1.1 + 0.26 * len(names)), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 1.1 + 0.26 * len(names)), layout="constrained")
         panels = figure.subplots(1, 3, sharey=True)
         for axes, title, values in (
             (panels[0], "decode, tokens/s", [r.decode_tokens_per_s for r in results]),
@@ -129,7 +132,7 @@ def throughput(prediction: Prediction) -> Figure:
             (panels[2], f"{results[0].beam_width} beams, tokens/s", [r.beam_tokens_per_s for r in results]),
         ):
             bars = axes.barh(names, values, color=[GPU if name == "ours" else "#b8c4cc" for name in names])
-            axes.bar_label(bars, labels=[f"{value:.3g}" for value in values], fontsize=7, padding=2)
+            axes.bar_label(bars, labels=[format_rate(value) for value in values], fontsize=7, padding=2)
             axes.set_xlim(0, 1.25 * max(values))
             axes.set_title(title, fontsize=9)
             axes.set_xticks([])
@@ -141,14 +144,14 @@ def throughput(prediction: Prediction) -> Figure:
 def gantt(timeline: Timeline) -> Figure:
     """One layer: what each lane does when."""
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(7.2, 1.9), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 1.9), layout="constrained")
         axes = figure.add_subplot()
         unit, name = (1e3, "milliseconds") if timeline.end_us >= 2000 else (1.0, "microseconds")
         for bar in timeline.bars:
             start, length = bar.start_us / unit, (bar.end_us - bar.start_us) / unit
             color = {"entry": "#d8d8d8", "copy": COPY, "resident": GPU, "streamed": "#5aa7bf", "cpu": CPU}[bar.kind]
             axes.barh(bar.lane, length, left=start, color=color, edgecolor="white", linewidth=0.5)
-            if bar.label and length > 0.025 * timeline.end_us / unit:
+            if length * unit > _LABEL_WIDTH * len(bar.label) * timeline.end_us:
                 axes.text(
                     start + length / 2, bar.lane, bar.label, ha="center", va="center", fontsize=6.5, color="white"
                 )
@@ -164,7 +167,7 @@ def placement(header: Header, placed: Placement) -> Figure:
     """Popularity by layer and expert; a dot marks an expert on the accelerator."""
     layers, experts = placed.popularity.shape
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(7.2, min(7.0, max(2.2, 1.2 + 0.17 * layers))))
+        figure = Figure(figsize=(_WIDTH, min(7.0, max(2.2, 1.2 + 0.17 * layers))))
         axes = figure.add_subplot()
         shares = placed.popularity * experts
         # At least to twice the mean: a nearly uniform popularity should look like one.
@@ -189,17 +192,18 @@ def placement(header: Header, placed: Placement) -> Figure:
 def memory(used: Sequence[tuple[str, int]], total_bytes: int) -> Figure:
     """One bar: the accelerator's memory by use."""
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(7.2, 1.6))
+        figure = Figure(figsize=(_WIDTH, 1.2))
         axes = figure.add_subplot()
+        unit, name = (2**30, "GiB") if total_bytes >= 2**30 else (2**20, "MiB")
         left = 0.0
         colors = matplotlib.colormaps["tab10"]
-        for index, (name, size) in enumerate(used):
-            axes.barh(0, size / 2**30, left=left, color=colors(index), label=name)
-            left += size / 2**30
-        axes.set_xlim(0, max(left, total_bytes / 2**30))
+        for index, (item, size) in enumerate(used):
+            axes.barh(0, size / unit, left=left, color=colors(index), label=item)
+            left += size / unit
+        axes.set_xlim(0, max(left, total_bytes / unit))
         axes.set_yticks([])
-        axes.set_xlabel(f"GiB of {total_bytes / 2**30:.4g}")
-        axes.legend(ncols=3, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.7))
+        axes.set_xlabel(f"{name} of {total_bytes / unit:.4g}")
+        axes.legend(ncols=3, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.75))
         return figure
 
 
@@ -226,5 +230,5 @@ def png(figure: Figure) -> bytes:
 
 def _plot(height: float) -> tuple[Figure, Any]:
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, height))
+        figure = Figure(figsize=(_WIDTH, height))
         return figure, figure.add_subplot()

@@ -15,6 +15,7 @@ from fiddler_runtime.plan import Header
 from fiddler_runtime.text import format_bytes
 
 from ..ir import Calibration, LatencyModel, MemoryBudget, Placement, Prediction, Scenario, Steps, Tables
+from .text import format_rate, format_us
 from .timeline import Timeline, timeline
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def render(inputs: Inputs) -> bytes:
     )
     environment.filters["bytes"] = format_bytes
     environment.filters["time"] = format_us
+    environment.filters["rate"] = format_rate
     header, tables = inputs.header, inputs.tables
     page = environment.get_template("page.html.j2").render(
         header=header,
@@ -163,10 +165,3 @@ def crossover_tokens(latency: LatencyModel) -> int | None:
     )
     found = np.flatnonzero(cheaper & (latency.tokens > 0))
     return int(latency.tokens[found[0]]) if found.size else None
-
-
-def format_us(microseconds: float) -> str:
-    """1234.5 -> '1.23 ms'."""
-    if microseconds < 1000:
-        return f"{microseconds:.0f} µs" if microseconds >= 10 or microseconds == 0 else f"{microseconds:.1f} µs"
-    return f"{microseconds / 1e3:.3g} ms" if microseconds < 1e6 else f"{microseconds / 1e6:.3g} s"

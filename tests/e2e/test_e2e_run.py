@@ -74,6 +74,16 @@ def test_streaming_prints_the_same_text(plan: Path, capsys: pytest.CaptureFixtur
     assert "expert calls" in captured.err
 
 
+def test_explaining_tells_what_was_predicted_and_measured(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    arguments = ["run", str(plan), "--model", str(DEMO), "--prompt", PROMPT, "--max-new-tokens", "8", "--explain"]
+    assert run_command_line(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith(("prefill:", "decode:"))] == ["prefill", "decode"]
+    whole = [line.split() for line in lines if line.startswith("    all        slower lane")]
+    assert len(whole) == 2 and all(float(number) > 0 for line in whole for number in line[-3:])
+
+
 def test_bench_compares_all_scenarios(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", str(plan), "--model", str(DEMO), "--rounds", "1", "--new-tokens", "4", "--json"]
     assert run_command_line([*arguments, "--prefill-tokens", "64"]) == 0

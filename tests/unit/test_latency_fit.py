@@ -229,6 +229,13 @@ def test_two_regimes_of_the_memory_are_two_curves() -> None:
         assert (model.prevailing_us == model.cpu_us[1]).all()
 
 
+def test_a_shape_that_never_was_in_the_slow_regime_has_one_curve() -> None:
+    limits = replace(LIMITS, cpu_read_slow_gbps=20.0, cpu_slow_share=0.7)
+    model = latency.fit(replace(calibration(), limits=limits), spec())
+    assert model.regime_shares.tolist() == [1.0]
+    assert relative(model.cpu_us[0], expected(cpu_law, SHAPE, model.tokens)).max() < 0.06
+
+
 def rest_steps(law: Callable[[int, int], float], **model: int) -> tuple[StepSample, ...]:
     points = [(1, 1, 28), (1, 1, 140), (1, 1, 524), (4, 4, 76), *((n, 1, 0) for n in (16, 32, 64, 128, 256, 512))]
     fields = {"num_layers": 1, "non_expert_bytes": 1, "kv_bytes_per_token": 1} | model

@@ -27,7 +27,8 @@ from fiddlerc.ir import (
     Prediction,
     Sample,
 )
-from fiddlerc.report.page import crossover_tokens, format_us
+from fiddlerc.report.page import crossover_tokens
+from fiddlerc.report.text import format_rate, format_us
 from fiddlerc.report.timeline import timeline
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -156,7 +157,7 @@ def test_everything_a_reader_looks_for() -> None:
         "fiddlerc",
         "measured",
         "12.5 tokens/s decoding one sequence",
-        "0.25 s to the first token of a prompt of 128",
+        "250 ms to the first token of a prompt of 128",
         "torch eager",
         "90 % of times are expected between 0.90 and 1.10",
         "one expert a layer parted between the lanes",
@@ -251,4 +252,5 @@ def test_amounts() -> None:
         "5.0 MiB",
         "3.0 TiB",
     ]
+    assert [format_rate(n) for n in (0.27104, 42.13, 5662.1, 12664.0)] == ["0.271", "42.1", "5660", "12700"]
     assert [format_us(n) for n in (0, 1.25, 12.0, 1234.0, 2.5e6)] == ["0 µs", "1.2 µs", "12 µs", "1.23 ms", "2.5 s"]
