@@ -118,6 +118,13 @@ def onnx_file(folder: Path, moe: bool = True, data: bool = True) -> Path:
     return path
 
 
+def onnx_plan(folder: Path) -> Path:
+    request = pipeline.CompileRequest(
+        str(onnx_file(folder)), "a100", folder / "plan", build=False, kv_bytes_per_token=0
+    )
+    return pipeline.compile_plan(request).plan.path
+
+
 def compile_demo(*extra: object) -> list[object]:
     return ["compile", DEMO, "--hw", "a100", "--no-build", "-o", "out", *extra]
 
@@ -155,7 +162,7 @@ MISTAKES: dict[str, Callable[[Path], list[object]]] = {
     "onnx-without-data": lambda f: ["compile", onnx_file(f, data=False), "--hw", "a100"],
     "onnx-without-cache": lambda f: ["compile", onnx_file(f), "--hw", "a100"],
     "onnx-plan-without-experts": lambda f: [
-        "run", plan(f, model=str(onnx_file(f)), kv_bytes_per_token=0), "--model", DEMO, "--prompt", "a",
+        "run", onnx_plan(f), "--model", DEMO, "--prompt", "a",
     ],
     "no-such-onnx": lambda f: ["compile", f / "none.onnx", "--hw", "a100"],
     "kv-bytes-of-a-directory": lambda f: compile_demo("--kv-bytes", "1KiB"),
