@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	    echo "hint: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch
-	$(BIN)/pip install --quiet --editable '.[compiler,hf,dev]'
+	$(BIN)/pip install --quiet --editable '.[compiler,hf,onnx,dev]'
 	@touch $@
 
 $(DEMO)/trace.safetensors: | $(READY)

@@ -51,6 +51,11 @@ class ObjectiveOption(StrEnum):
     balanced = "balanced"
 
 
+class DTypeOption(StrEnum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
 class DeviceOption(StrEnum):
     auto = "auto"
     cuda = "cuda"
@@ -113,7 +118,9 @@ def main(
 
 @app.command("compile")
 def compile_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, or a built-in name.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, an ONNX file, or a built-in name.")
+    ],
     hw: Annotated[str, typer.Option("--hw", metavar="HW", help="A calibration file, or a name of the catalogue.")],
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Which experts real text chooses.")] = None,
     gpu_memory: Annotated[
@@ -124,6 +131,12 @@ def compile_command(
     ),
     context: Annotated[int | None, typer.Option(min=1, help="Tokens per sequence that memory is kept for.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time, beams counted.")] = None,
+    kv_bytes: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_bytes, metavar="SIZE", help="Of an ONNX file: the KV cache of one token, all layers."
+        ),
+    ] = None,
     isa: Annotated[str | None, typer.Option(metavar="LIST", help="Kernel variants to generate; default: all.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="PLAN", help="Directory to write.")] = None,
     build: Annotated[bool, typer.Option(help="Build the kernels now; otherwise at first load.")] = True,
@@ -146,6 +159,7 @@ def compile_command(
         objective=objective.value,
         context=context,
         batch=batch,
+        kv_bytes_per_token=kv_bytes,
         isas=None if isa is None else parse_isas(isa),
         build=build,
         include_binaries=include_binaries,
@@ -278,6 +292,27 @@ def trace(
     out.print(f"skew     most popular expert over the mean, by layer: {' '.join(f'{s:.2f}' for s in skew)}")
 
 
+@app.command("export-onnx")
+def export_onnx_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face directory with weights.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.onnx", help="File to write.")],
+    dtype: Annotated[DTypeOption, typer.Option(help="Of everything but the experts, which are bfloat16.")] = (
+        DTypeOption.bfloat16
+    ),
+    as_json: Json = False,
+) -> None:
+    """Write a model as ONNX, with one Experts node per MoE layer."""
+    from . import pipeline
+
+    with _progress() as progress:
+        spec, data = pipeline.export_onnx(model, output, dtype=dtype.value, progress=progress)
+    if as_json:
+        _print_json({"file": str(output), "data": str(data), "layers": list(spec.moe_layers)})
+        return
+    out.print(f"graph    {output}: {len(spec.moe_layers)} fiddlerc::Experts nodes")
+    out.print(f"weights  {data} ({format_bytes(data.stat().st_size)})")
+
+
 @app.command()
 def inspect(plan: PlanPath, as_json: Json = False) -> None:
     """Say what a plan holds, without loading it."""
@@ -351,6 +386,9 @@ def run(
     plan: PlanPath,
     model: ModelDir,
     prompt: Annotated[str, typer.Option(help="The text to continue; '-' reads it from standard input.")],
+    experts: Annotated[
+        Path | None, typer.Option(metavar="ONNX", help="The file with the experts, of a plan compiled from one.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     beams: Annotated[int, typer.Option(min=1, help="Beam search with this many beams.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sample at this temperature; 0 is greedy.")] = 0.0,
@@ -372,6 +410,7 @@ def run(
     request = pipeline.execution.RunRequest(
         model_dir=model,
         prompt=_prompt(prompt),
+        experts=experts,
         max_new_tokens=max_new_tokens,
         beams=beams,
         temperature=temperature,

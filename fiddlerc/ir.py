@@ -33,6 +33,9 @@ from fiddler_runtime.plan import (
 
 __all__ = [
     "ACTIVATIONS",
+    "ONNX_DOMAIN",
+    "ONNX_METADATA",
+    "ONNX_NODE",
     "Accelerator",
     "Activation",
     "Calibration",
@@ -50,6 +53,7 @@ __all__ = [
     "MemoryItem",
     "ModelSpec",
     "Objective",
+    "OnnxDescription",
     "Options",
     "Placement",
     "PlacementSummary",
@@ -260,6 +264,28 @@ class Prediction:
     results: tuple[PolicyResult, ...]
     regimes: tuple[float, float] | None
     interval: tuple[float, float]
+
+
+# Our own node in ONNX files (docs/onnx.md), and the key of a file's metadata under which an OnnxDescription is.
+ONNX_DOMAIN, ONNX_NODE, ONNX_METADATA = "fiddlerc", "Experts", "fiddlerc.model"
+
+
+@dataclass(frozen=True)
+class OnnxDescription:
+    """What an exported graph does not tell of its model, as JSON in the file; fields as in ModelSpec."""
+
+    name: str
+    architecture: str
+    num_layers: int
+    vocab_size: int
+    max_context: int
+    kv_bytes_per_token: int
+    workspace_bytes_per_token: int
+    window: int
+    window_kv_bytes_per_token: int
+    state_bytes: int
+    expanded_bytes_per_token: int
+    identity: dict[str, str | int | float | bool]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import this_machine
 from fiddler_runtime.plan import HardwareSummary, Header, Plan
 
-from . import __version__, codegen, frontend, hardware, latency, placement, report, simulate
+from . import __version__, codegen, export, frontend, hardware, latency, placement, report, simulate
 from . import execution as execution
 from . import trace as tracing
 from .ir import (
@@ -65,6 +65,7 @@ class CompileRequest:
     objective: Objective = "balanced"
     context: int | None = None
     batch: int | None = None
+    kv_bytes_per_token: int | None = None
     isas: tuple[str, ...] | None = None
     build: bool = True
     include_binaries: bool = False
@@ -89,7 +90,7 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     """
     dump = _Dump(request.dump_dir)
 
-    model = frontend.load_model(request.model)
+    model = frontend.with_cache(frontend.load_model(request.model), request.model, request.kv_bytes_per_token)
     dump("model", model)
 
     calibration = hardware.load_hardware(request.hardware)
@@ -367,7 +368,7 @@ def record_trace(
     if not Path(model).is_dir():
         raise FiddlerError(
             "tracing runs the model, so it needs its weights",
-            found=f"the built-in name {model!r}, which has shapes only",
+            found=f"the {'ONNX file' if spec.from_onnx else 'built-in name'} {model!r}, which has shapes only",
             expected="a Hugging Face directory",
             hint="fiddlerc trace MODEL_DIR --text FILE -o trace.safetensors",
         )
@@ -393,6 +394,21 @@ def import_counts(model: str, counts: Path, output: Path) -> Trace:
     trace = tracing.from_counts(counts, frontend.load_model(model))
     tracing.write_trace(trace, output)
     return trace
+
+
+def export_onnx(
+    model: str, output: Path, *, dtype: export.DType = "bfloat16", progress: Progress | None = None
+) -> tuple[ModelSpec, Path]:
+    """Writes a Hugging Face directory as an ONNX file with an Experts node per MoE layer; returns its data file too."""
+    spec = frontend.load_model(model)
+    if not Path(model).is_dir():
+        raise FiddlerError(
+            "exporting needs the model's weights",
+            found=f"{model!r}, which is no directory",
+            expected="a Hugging Face directory",
+            hint="fiddlerc export-onnx MODEL_DIR -o FILE.onnx",
+        )
+    return spec, export.export_onnx(Path(model), spec, output, dtype=dtype, progress=progress)
 
 
 def inspect_plan(path: Path) -> dict[str, Any]:
@@ -510,7 +526,9 @@ def _decide(
 
 
 def _assumptions(calibration: Calibration, trace: Trace | None, model: ModelSpec) -> tuple[str, ...]:
-    lines = []
+    lines = list(model.expert_tensors.notes)
+    if trace is not None and trace.model_fingerprint != model.fingerprint:
+        lines.append(f"the trace is of {trace.model_name}: for an ONNX file its shapes are all that was compared")
     if calibration.provenance != "measured":
         lines.append(
             f"latencies come from a {calibration.provenance} of {calibration.name}, not from a measurement; "

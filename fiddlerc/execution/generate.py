@@ -15,10 +15,11 @@ from .loading import DeviceChoice, Progress, load_model, load_tokenizer
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What `fiddlerc run` was asked. temperature 0 is greedy."""
+    """What `fiddlerc run` was asked. temperature 0 is greedy; experts: an ONNX file to take them from."""
 
     model_dir: Path
     prompt: str
+    experts: Path | None = None
     max_new_tokens: int = 64
     beams: int = 1
     temperature: float = 0.0
@@ -71,6 +72,7 @@ def run(
         strategies=request.strategies,
         trust_binaries=request.trust_binaries,
         progress=progress,
+        experts=request.experts,
     )
     try:
         limit = model.config.max_position_embeddings

@@ -16,7 +16,10 @@ DeviceChoice = Literal["auto", "cuda", "simulated", "none"]
 
 
 def check_model(plan: Plan, model_dir: Path) -> None:
-    """Raises FiddlerError if the model in the directory is not the one the plan was compiled for."""
+    """Raises FiddlerError if the model in the directory (or ONNX file) is not the one the plan was compiled for."""
+    if model_dir.suffix == ".onnx":
+        fiddler_runtime.ExpertWeights.load(model_dir).check(plan.header.model)
+        return
     checkpoint.check_identity(plan.header.model, model_dir)
 
 
@@ -45,12 +48,22 @@ def load_model(
     strategies: tuple[str, ...] | None,
     trust_binaries: bool,
     progress: Progress | None,
+    experts: Path | None = None,
 ) -> Any:
     """A transformers model whose experts run through the plan; `.fiddler` is its engine."""
     from fiddler_runtime import hf
 
     plan = fiddler_runtime.load_plan(path, trust_binaries=trust_binaries)
-    return hf.load(model_dir, plan, device=device, isa=isa, threads=threads, strategies=strategies, progress=progress)
+    return hf.load(
+        model_dir,
+        plan,
+        experts=experts,
+        device=device,
+        isa=isa,
+        threads=threads,
+        strategies=strategies,
+        progress=progress,
+    )
 
 
 def read_text(path: Path) -> str:

@@ -9,22 +9,25 @@ from fiddlerc.ir import ModelSpec
 
 from . import zoo
 from .huggingface import load_directory
+from .onnx import load_file
 
 
 def load_model(source: str) -> ModelSpec:
-    """A Hugging Face directory or a built-in name; a directory that exists wins.
+    """A Hugging Face directory, an ONNX file or a built-in name; a directory that exists wins.
 
     Raises FiddlerError if it is neither, and for what `load_directory` raises.
     """
     path = Path(source)
     if path.is_dir():
         return load_directory(path)
+    if path.suffix == ".onnx":
+        return load_file(path)
     names = ", ".join(zoo.zoo_names())
-    if path.suffix == ".onnx" or path.is_file():
+    if path.is_file():
         raise FiddlerError(
             f"cannot read the model {source}",
-            found="an ONNX file" if path.suffix == ".onnx" else "a file",
-            expected=f"a Hugging Face directory (config.json, *.safetensors) or a built-in name: {names}",
+            found="a file",
+            expected=f"a Hugging Face directory (config.json, *.safetensors), *.onnx or a built-in name: {names}",
             hint=f"fiddlerc compile {path.parent} --hw HW -o PLAN" if (path.parent / "config.json").is_file() else None,
         )
     spec = zoo.find(source)
@@ -32,7 +35,7 @@ def load_model(source: str) -> ModelSpec:
         raise FiddlerError(
             "no such model directory or built-in name",
             found=repr(source),
-            expected=f"a Hugging Face directory or one of {names}",
+            expected=f"a Hugging Face directory, an ONNX file or one of {names}",
             hint="fiddlerc compile mixtral --hw a100 -o PLAN",
         )
     return spec

@@ -57,14 +57,15 @@ def write_trace(trace: Trace, path: Path) -> None:
 
 
 def read_trace(path: Path, spec: ModelSpec) -> Trace:
-    """Reads a trace of the model `spec`.
+    """Reads a trace of the model `spec`. For one from an ONNX file, any trace of as many layers, experts and choices.
 
     Raises FiddlerError if the file is no trace or a damaged one, of a newer version, or of another model.
     """
     what = f"the trace {path}"
     contents = read_header(path, what)
     header = _read_header(contents.metadata, what)
-    if header.model_fingerprint != spec.fingerprint:
+    # An ONNX file is mostly another model's export, whose trace is the only one that there can be.
+    if header.model_fingerprint != spec.fingerprint and not spec.from_onnx:
         raise FiddlerError(
             f"{what} is of another model",
             found=f"{header.model_name} ({header.model_fingerprint})",

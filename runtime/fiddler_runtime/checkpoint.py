@@ -29,6 +29,8 @@ _OTHER_SPELLING = {"num_experts": "num_local_experts", "num_local_experts": "num
 class Checkpoint:
     """The tensors of a model directory. Opening reads headers only; `read_into` may be called from several threads."""
 
+    described_by = "config.json"
+
     def __init__(self, model_dir: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self.model_dir = model_dir
         self._told = False
@@ -94,14 +96,18 @@ class Checkpoint:
         """
         expected = expert_shapes(spec)
         self.check_tensors(expected)
-        dtypes = {self.tensors[name].torch_dtype for name in expected} - {torch.bfloat16}
-        if dtypes and not self._told:
+        stored = {self.stored_as(self.tensors[name]) for name in expected} - {"bfloat16"}
+        if stored and not self._told:
             self._told = True
-            found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            found = " and ".join(sorted(stored))
             message = (
                 f"the experts of {self.model_dir} are stored as {found}: they are rounded to bf16 while they are read"
             )
             warnings.warn(message, FiddlerWarning, stacklevel=2)
+
+    def stored_as(self, info: TensorInfo) -> str:
+        """A weight's type on disk, in words."""
+        return str(info.torch_dtype).removeprefix("torch.")
 
     def check_tensors(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raises FiddlerError unless tensors of these names, of these shapes and of a float dtype are here."""
@@ -111,14 +117,14 @@ class Checkpoint:
             raise FiddlerError(
                 f"the checkpoint {self.model_dir} is incomplete",
                 found=f"no tensor {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
-                expected=f"all {len(expected)} that config.json announces",
+                expected=f"all {len(expected)} that {self.described_by} announces",
                 hint="download the model again",
             )
         for name, shape in expected.items():
             info = self.tensors[name]
             if info.shape != shape:
                 raise FiddlerError(
-                    f"the checkpoint {self.model_dir} does not fit its config.json",
+                    f"the checkpoint {self.model_dir} does not fit its {self.described_by}",
                     found=f"{name} of shape {list(info.shape)}",
                     expected=list(shape),
                     hint="download the model again",

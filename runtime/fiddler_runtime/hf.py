@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import strategies as rules
+from .checkpoint import check_identity, read_config
 from .engine import Engine
 from .errors import FiddlerError
 from .loading import load_plan, open_library
@@ -28,6 +29,7 @@ def load(
     model_dir: str | Path,
     plan: Plan | str | Path,
     *,
+    experts: str | Path | None = None,
     device: DeviceChoice = "auto",
     dtype: torch.dtype = torch.bfloat16,
     strategies: Sequence[str] | None = None,
@@ -39,23 +41,27 @@ def load(
     """An ordinary transformers model: generate() greedy, sampling, streaming and with beams.
 
     transformers reads everything but the routed experts, in `dtype`; those go from the shards to where the plan wants
-    them, in bf16. `model.fiddler` is the Engine: its counters, and `close()` when the model is no longer needed. The
-    other arguments are the Engine's. Raises FiddlerError, among others for a model that is not the plan's and for a
+    them, in bf16. `model.fiddler` is the Engine: its counters, and `close()` when the model is no longer needed.
+
+    experts  the ONNX file that has them, for a plan that was compiled from one: only the rest is read from model_dir
+    The other arguments are the Engine's. Raises FiddlerError, among others for a model that is not the plan's and for a
     checkpoint that lacks a tensor.
     """
-    transformers = _import_transformers()
+    _import_transformers()
     model_dir = Path(model_dir)
     if not isinstance(plan, Plan):
         plan = load_plan(plan)
     spec = plan.header.model
     # What can fail fast comes first: the wrong model, half a checkpoint, wrong arguments, kernels that do not compile.
-    weights = ExpertWeights.load(model_dir)
+    weights = ExpertWeights.load(model_dir if experts is None else experts)
     weights.check(spec)
+    if experts is not None:
+        check_identity(spec, model_dir)
     rules.permit(strategies, device)
     open_library(plan, progress=progress)
 
     # Before the experts: while it loads, transformers holds some tensors twice.
-    model = _load_without_experts(transformers, model_dir, spec, dtype, attn_implementation)
+    model = load_without_experts(model_dir, spec, dtype, attn_implementation)
     engine = Engine(plan, weights, device=device, isa=isa, threads=threads, strategies=strategies, progress=progress)
     model.to(engine.device)
     for module in model.modules():
@@ -86,13 +92,20 @@ class PlannedExperts(nn.Module):
         return f"layer={self.layer}, experts={self.num_experts}"
 
 
-def _load_without_experts(
-    transformers: Any, model_dir: Path, spec: ModelSpec, dtype: torch.dtype, attn_implementation: str | None
+def load_without_experts(
+    model_dir: Path, spec: ModelSpec, dtype: torch.dtype, attn_implementation: str | None = None
 ) -> Any:
-    base = getattr(transformers, spec.architecture, None)
+    """The transformers model with PlannedExperts for experts, whose `engine` is still to be set.
+
+    Raises FiddlerError for a class that transformers does not have, and for a checkpoint that lacks a tensor.
+    """
+    transformers = _import_transformers()
+    # An ONNX file does not name the class.
+    name = str((read_config(model_dir).get("architectures") or [""])[0]) if spec.from_onnx else spec.architecture
+    base = getattr(transformers, name, None)
     if base is None:
         raise FiddlerError(
-            f"this transformers does not know {spec.architecture}",
+            f"this transformers does not know {name}",
             found=f"transformers {transformers.__version__}",
             expected="a release that has it",
             hint="pip install --upgrade transformers",
@@ -152,6 +165,12 @@ def _replace_experts(model: nn.Module, spec: ModelSpec) -> None:
         if not hasattr(module, "is_concatenated") or match is None:
             continue
         layers.append(int(match.group(1)))
+        if module.num_experts != spec.num_experts:
+            raise FiddlerError(
+                f"the experts are not those of {type(model).__name__}",
+                found=f"{spec.num_experts} in the plan",
+                expected=f"{module.num_experts} in layer {layers[-1]}",
+            )
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, PlannedExperts(layers[-1], spec.num_experts))
     if tuple(sorted(layers)) != spec.moe_layers:

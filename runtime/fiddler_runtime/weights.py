@@ -13,6 +13,7 @@ import torch
 
 from .checkpoint import Checkpoint, check_identity
 from .errors import FiddlerError
+from .onnx_weights import OnnxCheckpoint
 from .plan import ExpertTensors, ModelSpec
 
 
@@ -20,12 +21,12 @@ class ExpertWeights(ABC):
     """A source of expert weights, made by `load`, `random` or `from_tensors`."""
 
     @staticmethod
-    def load(model_dir: str | Path) -> ExpertWeights:
-        """The experts of a Hugging Face model directory (config.json and safetensors, sharded or not).
+    def load(model: str | Path) -> ExpertWeights:
+        """The experts of a Hugging Face model directory (config.json and safetensors, sharded or not) or an ONNX file.
 
-        Raises FiddlerError if the directory is no readable checkpoint.
+        Raises FiddlerError if it is no readable checkpoint.
         """
-        return CheckpointWeights(Path(model_dir))
+        return OnnxWeights(Path(model)) if Path(model).suffix == ".onnx" else CheckpointWeights(Path(model))
 
     @staticmethod
     def random(seed: int = 0) -> ExpertWeights:
@@ -65,12 +66,22 @@ class CheckpointWeights(ExpertWeights):
 
     def __init__(self, model_dir: Path) -> None:
         self._model_dir = model_dir
-        self._checkpoint = Checkpoint.open(model_dir)
+        self._checkpoint = self._open(model_dir)
         self._names: ExpertTensors | None = None
         # What is stored otherwise is read here, then rearranged or rounded to bf16: at most one expert's gate and up.
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
+    def _open(self, path: Path) -> Checkpoint:
+        return Checkpoint.open(path)
+
     def check(self, spec: ModelSpec) -> None:
+        if spec.from_onnx:
+            raise FiddlerError(
+                f"the experts of the plan's model ({spec.name}) are in an ONNX file",
+                found=f"the directory {self._model_dir}",
+                expected="the file that the plan was compiled from",
+                hint="fiddlerc run PLAN --model DIR --experts FILE.onnx: experts from FILE, everything else from DIR",
+            )
         check_identity(spec, self._model_dir)
         self._checkpoint.check_experts(spec)
         self._names = spec.expert_tensors
@@ -126,6 +137,29 @@ class CheckpointWeights(ExpertWeights):
         if room is None or room.numel() < elements:
             room = self._scratch[dtype] = torch.empty(elements, dtype=dtype)
         return room[:elements]
+
+
+class OnnxWeights(CheckpointWeights):
+    """Experts read from an ONNX file and its external data, one at a time and without its graph."""
+
+    def _open(self, path: Path) -> Checkpoint:
+        self._file = OnnxCheckpoint.open(path)
+        self._spec: ModelSpec | None = None
+        return self._file
+
+    def check(self, spec: ModelSpec) -> None:
+        if spec == self._spec:  # what is to be told is told once
+            return
+        if not spec.from_onnx:
+            raise FiddlerError(
+                f"the plan's model ({spec.name}) is a Hugging Face directory",
+                found=f"the ONNX file {self._model_dir}",
+                expected=f"{spec.name}'s directory",
+                hint=f"compile the file: fiddlerc compile {self._model_dir} --hw HW -o PLAN",
+            )
+        self._checkpoint = self._file.renamed(spec)
+        self._checkpoint.check_experts(spec)
+        self._names, self._spec = spec.expert_tensors, spec
 
 
 class RandomWeights(ExpertWeights):

@@ -21,7 +21,7 @@ from fiddlerc.cli import run_command_line
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "tiny-mixtral"
 CATALOG = ROOT / "fiddlerc" / "hardware" / "catalog"
-COMMANDS = ("compile", "predict", "calibrate", "trace", "inspect", "verify", "run", "bench", "doctor")
+COMMANDS = ("compile", "export-onnx", "predict", "calibrate", "trace", "inspect", "verify", "run", "bench", "doctor")
 Golden = Callable[[str, str], None]
 
 
@@ -105,6 +105,26 @@ def trace_of_another_model(folder: Path) -> Path:
     return path
 
 
+def onnx_file(folder: Path, moe: bool = True, data: bool = True) -> Path:
+    """Two MoE nodes without a KV cache, or no MoE node at all; or without its external data."""
+    import onnx_samples
+    from onnx import helper
+
+    model = onnx_samples.two_moe_layers()[0] if moe else None
+    model = model or onnx_samples.moe_model([helper.make_node("Relu", ["x"], ["y"])], {})
+    outside = {"save_as_external_data": True, "location": "weights.bin"}
+    path = onnx_samples.save(model, folder / "model.onnx", **({} if data else outside))
+    (folder / "weights.bin").unlink(missing_ok=True)
+    return path
+
+
+def onnx_plan(folder: Path) -> Path:
+    request = pipeline.CompileRequest(
+        str(onnx_file(folder)), "a100", folder / "plan", build=False, kv_bytes_per_token=0
+    )
+    return pipeline.compile_plan(request).plan.path
+
+
 def compile_demo(*extra: object) -> list[object]:
     return ["compile", DEMO, "--hw", "a100", "--no-build", "-o", "out", *extra]
 
@@ -138,6 +158,16 @@ MISTAKES: dict[str, Callable[[Path], list[object]]] = {
     "dump-dir-is-a-file": lambda f: compile_demo("--dump-dir", DEMO / "config.json"),
     "prompt-that-is-not-utf-8": lambda f: ["run", plan(f), "--model", DEMO, "--prompt", "a\udcff"],
     "seed-out-of-range": lambda f: ["run", plan(f), "--model", DEMO, "--prompt", "a", "--seed", "-1"],
+    "onnx-without-moe": lambda f: ["compile", onnx_file(f, moe=False), "--hw", "a100"],
+    "onnx-without-data": lambda f: ["compile", onnx_file(f, data=False), "--hw", "a100"],
+    "onnx-without-cache": lambda f: ["compile", onnx_file(f), "--hw", "a100"],
+    "onnx-plan-without-experts": lambda f: [
+        "run", onnx_plan(f), "--model", DEMO, "--prompt", "a",
+    ],
+    "no-such-onnx": lambda f: ["compile", f / "none.onnx", "--hw", "a100"],
+    "kv-bytes-of-a-directory": lambda f: compile_demo("--kv-bytes", "1KiB"),
+    "export-of-a-name": lambda f: ["export-onnx", "mixtral", "-o", f / "m.onnx"],
+    "export-to-another-suffix": lambda f: ["export-onnx", DEMO, "-o", f / "m.bin"],
     "unknown-scenario": lambda f: ["bench", plan(f), "--model", DEMO, "--scenarios", "coffee"],
     "unknown-command": lambda f: ["compil"],
     "missing-option": lambda f: ["compile", "mixtral"],

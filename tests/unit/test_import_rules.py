@@ -68,6 +68,15 @@ def test_only_latency_imports_scikit_learn() -> None:
     assert users <= {"latency"}
 
 
+def test_only_the_onnx_frontend_and_export_import_onnx() -> None:
+    users = {
+        p.relative_to(COMPILER).parts[0]
+        for p in sources(COMPILER)
+        if any(n.partition(".")[0] in ("onnx", "onnxscript") for n in imports(p))
+    }
+    assert users <= {"frontend", "export"}
+
+
 def test_only_build_starts_processes() -> None:
     users = {p.name for p in [*sources(COMPILER), *sources(RUNTIME)] if "subprocess" in imports(p)}
     assert users <= {"build.py"}

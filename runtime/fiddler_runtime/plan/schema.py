@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -63,6 +63,10 @@ class ExpertTensors:
     and up: the tensor holds both, gate first. Empty names: experts have no biases.
     transposed   matrices are [inputs, outputs] instead of [outputs, inputs]
     interleaved  gate and up in one tensor alternate, output by output, instead of following each other
+
+    initializers  of an ONNX file: name -> the file's own name for it; quantised tensors have NAME_scales, and perhaps
+                  NAME_zero_points, beside them. Empty for a Hugging Face directory
+    notes         what a user should know of an ONNX file's experts, in words
     """
 
     gate: str
@@ -73,6 +77,8 @@ class ExpertTensors:
     down_bias: str = ""
     transposed: bool = False
     interleaved: bool = False
+    initializers: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 _NOT_SIZES = ("name", "activation", "expert_bias", "expert_tensors")
@@ -129,6 +135,11 @@ class ModelSpec:
     def expert_bytes(self) -> int:
         """Bytes of one expert, unpacked, in bf16."""
         return self.expert.bytes
+
+    @property
+    def from_onnx(self) -> bool:
+        """Whether the experts are in an ONNX file, which says nothing of the model's family."""
+        return bool(self.expert_tensors.initializers)
 
     @property
     def fingerprint(self) -> str:
