@@ -441,6 +441,11 @@ def bench(plan: Path, request: execution.BenchRequest, **hooks: Any) -> executio
     return execution.bench(plan, request, **hooks)
 
 
+def pack(plan: Path, request: execution.PackRequest, **hooks: Any) -> execution.PackResult:
+    """Makes a model's packed cache ahead of time."""
+    return execution.pack(plan, request, **hooks)
+
+
 def doctor() -> tuple[hardware.Check, ...]:
     """What this machine has and lacks."""
     return hardware.doctor()

@@ -10,8 +10,10 @@ import fiddler_runtime
 from fiddler_runtime import checkpoint
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.plan import Plan
+from fiddler_runtime.preflight import Preflight
 
 Progress = Callable[[str, int, int], None]
+OnPreflight = Callable[[Preflight], None]
 DeviceChoice = Literal["auto", "cuda", "simulated", "none"]
 
 
@@ -44,13 +46,25 @@ def load_model(
     threads: int | None,
     strategies: tuple[str, ...] | None,
     trust_binaries: bool,
-    progress: Progress | None,
+    packed_cache: bool | Path = False,
+    progress: Progress | None = None,
+    on_preflight: OnPreflight | None = None,
 ) -> Any:
     """A transformers model whose experts run through the plan; `.fiddler` is its engine."""
     from fiddler_runtime import hf
 
     plan = fiddler_runtime.load_plan(path, trust_binaries=trust_binaries)
-    return hf.load(model_dir, plan, device=device, isa=isa, threads=threads, strategies=strategies, progress=progress)
+    return hf.load(
+        model_dir,
+        plan,
+        device=device,
+        isa=isa,
+        threads=threads,
+        strategies=strategies,
+        packed_cache=packed_cache,
+        progress=progress,
+        on_preflight=on_preflight,
+    )
 
 
 def read_text(path: Path) -> str:
