@@ -261,6 +261,7 @@ def trace(
     generate_tokens: Annotated[int, typer.Option(min=0, help="Also let the model write this many.")] = 0,
     beams: Annotated[int, typer.Option(min=1, help="Beams while it writes; counted once.")] = 1,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after this much text.")] = None,
+    packed_cache: PackedCache = None,
     as_json: Json = False,
 ) -> None:
     """Record which experts text chooses."""
@@ -287,6 +288,7 @@ def trace(
                 generate_tokens=generate_tokens,
                 num_beams=beams,
                 max_tokens=max_tokens,
+                packed_cache=packed_cache or False,
                 progress=progress,
             )
     prefill, decode = (int(n) for n in result.counts.sum(axis=(1, 2)))

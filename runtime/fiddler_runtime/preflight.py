@@ -94,7 +94,7 @@ class Preflight:
             if self.mapped_bytes > free:
                 warnings.warn(
                     f"{format_bytes(self.mapped_bytes)} of packed experts of {self.model}, but only "
-                    f"{format_bytes(max(0, free))} of memory free for them: the rest is read from disk, again and again",
+                    f"{format_bytes(max(0, free))} of memory are free: the rest is read from the disk, again and again",
                     FiddlerWarning,
                     stacklevel=3,
                 )

@@ -5,6 +5,7 @@ A source is asked for one expert at a time and keeps none of them: where they li
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -184,7 +185,9 @@ class RandomWeights(ExpertWeights):
         down: torch.Tensor,
         biases: Sequence[torch.Tensor] = (),
     ) -> None:
-        generator = torch.Generator().manual_seed((self._seed << 32) + (layer << 16) + expert)
+        # Hashed, because torch takes the lower 32 bits of a seed only.
+        digest = hashlib.sha256(f"{self._seed} {layer} {expert}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
         for out in (gate, up, down):
             out.normal_(0.0, float(out.shape[1]) ** -0.5, generator=generator)
         for out in biases:

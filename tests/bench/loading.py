@@ -3,9 +3,10 @@
     python -m tests.bench.loading --layers 4 --dir /tmp/loading
 
 Writes a model of Mixtral-8x7B's shapes with that many layers as real shards (tests.bench.random_model) and removes it
-at the end; on disk it takes its size twice, in memory its packed experts once. Every row is a process of its own; "cold"
-means that the page cache has nothing of the files that are read. The first table is the packing alone: `fdl_pack`
-against memcpy of the same bytes in as many threads, interleaved, into memory that was never touched and that was.
+at the end; on disk it takes its size twice, in memory its packed experts once. Every row is a process of its own;
+"cold" means that the page cache has nothing of the files that are read. The first table is the packing alone:
+`fdl_pack` beside memcpy of the same bytes in as many threads, in pieces of 1 MiB and in one piece each, interleaved,
+into memory that was never touched, which the system zeroes first, and into memory that was.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +59,21 @@ def packing_table(plan: Path) -> None:
             gate, up, down = (source[n * wide : (n + 1) * wide] for n in range(3))
             kernels.pack(gate.view(shape), up.view(shape), down.view(shape[::-1]), target)
 
-        def copy(source: torch.Tensor, target: torch.Tensor) -> None:
-            share = -(-size // kernels.threads)
-            parts = [(at, min(share, size - at)) for at in range(0, size, share)]
-            addresses = source.data_ptr(), target.data_ptr()
-            list(pool.map(lambda part: ctypes.memmove(addresses[1] + part[0], addresses[0] + part[0], part[1]), parts))
+        def copy(piece: int, source: torch.Tensor, target: torch.Tensor) -> None:
+            to, start = target.data_ptr(), source.data_ptr()
+
+            def copy_at(at: int) -> None:
+                ctypes.memmove(to + at, start + at, min(piece, size - at))
+
+            list(pool.map(copy_at, range(0, size, piece)))
 
         times: dict[tuple[str, str], list[float]] = {}
         for round_ in range(ROUNDS):
-            for name, work in (("pack", pack), ("memcpy", copy)):
+            for name, work in (
+                ("pack", pack),
+                ("1 MiB", partial(copy, 1 << 20)),
+                ("whole", partial(copy, -(-size // kernels.threads))),
+            ):
                 for where in ("never touched", "touched before"):
                     fresh = where == "never touched"
                     target = arena.allocate(size) if fresh else touched[round_ % len(touched)]
@@ -73,11 +81,19 @@ def packing_table(plan: Path) -> None:
         pool.shutdown()
         print(f"packing one expert of {spec.hidden_size} x {spec.intermediate_size}, {format_bytes(size)},")
         print(f"{kernels.threads} threads; GB/s read + written, median of {ROUNDS}, interleaved")
-        print(f"{'destination':16} {'pack':>7} {'memcpy':>7} {'ratio':>6}")
+        print(f"{'destination':16} {'pack':>6}  {'memcpy 1 MiB':>14}  {'memcpy whole':>14}   (times that)")
         for where in ("never touched", "touched before"):
-            rates = [2 * size / statistics.median(times[name, where]) / 1e9 for name in ("pack", "memcpy")]
-            ratio = statistics.median(c / p for p, c in zip(times["pack", where], times["memcpy", where], strict=True))
-            print(f"{where:16} {rates[0]:7.1f} {rates[1]:7.1f} {ratio:6.2f}")
+            mine = times["pack", where]
+            line = f"{where:16} {_rate(size, mine):6.1f}"
+            for name in ("1 MiB", "whole"):
+                other = times[name, where]
+                ratio = statistics.median(c / p for p, c in zip(mine, other, strict=True))
+                line += f"  {_rate(size, other):6.1f}  ({ratio:.2f})"
+            print(line)
+
+
+def _rate(size: int, seconds: list[float]) -> float:
+    return 2 * size / statistics.median(seconds) / 1e9
 
 
 def _seconds(work: Callable[..., None], *arguments: Any) -> float:
@@ -211,10 +227,8 @@ def report(plan: Path, model_dir: Path, cache: Path) -> None:
             f"{name:28} {row['ready_s']:8.1f} {rate:>10} {_gb(row['peak_bytes'])} {_gb(own)} "
             f"{_gb(row['promised_bytes'])} {row['first_s']:8.2f} {row['second_s']:8.2f} {row['decode_per_s']:8.2f}"
         )
-    print(
-        f"promised: packed experts + all else + one expert; the limit is 10 % more. first, second: {PROMPT} prompt tokens"
-    )
-    print("to the first new one, when nothing but loading was done before, and once more. tokens/s: the next 8")
+    print(f"promised: packed experts + all else + one expert; the limit is 10 % more. first, second: {PROMPT} prompt")
+    print("tokens to the first new one, when nothing but loading was done before, and once more. tokens/s: the next 8")
 
 
 def _gb(count: float) -> str:

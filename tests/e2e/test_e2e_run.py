@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,6 +73,36 @@ def test_streaming_prints_the_same_text(plan: Path, capsys: pytest.CaptureFixtur
     assert captured.out.rstrip("\n") == str(whole).rstrip("\n")
     assert "tokens/s" in captured.err
     assert "expert calls" in captured.err
+
+
+def test_packing_ahead_and_running_from_the_cache(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack = ["pack", str(plan), "--model", str(DEMO), "--packed-cache", str(tmp_path), "--json"]
+    assert run_command_line([*pack, "--verify"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["written_bytes"] == first["total_bytes"] > 0
+    assert first["verify_s"] > 0
+    assert Path(first["path"]).parent == tmp_path
+    text = generate(plan, capsys)["text"]
+    assert generate(plan, capsys, "--packed-cache", str(tmp_path))["text"] == text
+    assert run_command_line(pack) == 0
+    assert json.loads(capsys.readouterr().out)["written_bytes"] == 0
+
+
+def test_a_packed_cache_beside_the_model(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    arguments = ["--model", str(model), "--prompt", PROMPT, "--max-new-tokens", "4", "--json", "--packed-cache"]
+    assert run_command_line(["run", str(plan), *arguments]) == 0
+    assert len(list((model / "fiddler-packed").rglob("layer-*.safetensors"))) == 6
+    assert run_command_line(["verify", str(plan), "--model", str(model)]) == 0
+
+
+def test_a_trace_through_the_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["trace", str(DEMO), "--text", str(DEMO / "heldout-chat.txt"), "--max-tokens", "512"]
+    arguments += ["-o", str(tmp_path / "t.safetensors"), "--packed-cache", str(tmp_path), "--json"]
+    assert run_command_line(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["decode_choices"] == 384 * 6 * 2
 
 
 def test_bench_compares_all_scenarios(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
