@@ -139,7 +139,6 @@ MISTAKES: dict[str, Callable[[Path], list[object]]] = {
     "prompt-that-is-not-utf-8": lambda f: ["run", plan(f), "--model", DEMO, "--prompt", "a\udcff"],
     "seed-out-of-range": lambda f: ["run", plan(f), "--model", DEMO, "--prompt", "a", "--seed", "-1"],
     "unknown-scenario": lambda f: ["bench", plan(f), "--model", DEMO, "--scenarios", "coffee"],
-    "packed-cache-is-a-file": lambda f: ["pack", plan(f), "--model", DEMO, "--packed-cache", DEMO / "config.json"],
     "unknown-command": lambda f: ["compil"],
     "missing-option": lambda f: ["compile", "mixtral"],
 }  # fmt: skip
@@ -187,7 +186,7 @@ def test_a_model_that_does_not_fit(
 ) -> None:
     from fiddler_runtime import preflight
 
-    monkeypatch.setattr(preflight, "available_bytes", lambda: 10 << 20)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 5 << 20 if option else 10 << 20)
     monkeypatch.setattr(preflight.PackedCache, "free_bytes", lambda self: 1 << 30)
     monkeypatch.chdir(tmp_path)
     path = plan(tmp_path)

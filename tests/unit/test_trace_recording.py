@@ -117,7 +117,7 @@ def test_batches_and_their_pads_change_nothing(traced: Trace) -> None:
 
 
 def test_through_the_kernels_routers_choose_as_bf16_lets_them(tokenizer: Any, traced: Trace, tmp_path: Path) -> None:
-    """Held against fp32: misrouted rows, of all, 0.0043 here and 0.0053 by transformers in bf16 (AMD Zen 4)."""
+    """Held against fp32: 31 of 5520 rows were seen to be routed otherwise, and as many by transformers in bf16."""
     spec = load_model(str(TINY_MIXTRAL))
     plan = runtime_samples.write_sample_plan(tmp_path / "plan", spec)
     ours = trace_of(TINY_MIXTRAL, [TEXT, CHAT], plan=plan, packed_cache=tmp_path)
