@@ -20,10 +20,10 @@ def packed_by_definition(expert: Expert) -> torch.Tensor:
         out[: matrix.shape[0], : matrix.shape[1]] = matrix
         return out
 
-    gate, up, down = pad(expert.gate, 32), pad(expert.up, 32), pad(expert.down, 64)
-    blocks = torch.cat([gate.view(-1, 32, gate.shape[1]), up.view(-1, 32, up.shape[1])], dim=1)
-    first = blocks.view(len(blocks), 64, -1, 2).permute(0, 2, 1, 3)
-    second = down.view(-1, 64, down.shape[1] // 2, 2).permute(0, 2, 1, 3)
+    gate, up, down = pad(expert.gate, 16), pad(expert.up, 16), pad(expert.down, 32)
+    blocks = torch.cat([gate.view(-1, 16, gate.shape[1]), up.view(-1, 16, up.shape[1])], dim=1)
+    first = blocks.view(len(blocks), 32, -1, 2).permute(0, 2, 1, 3)
+    second = down.view(-1, 32, down.shape[1] // 2, 2).permute(0, 2, 1, 3)
     assert intermediate <= gate.shape[0] and hidden <= down.shape[0]
     return torch.cat([first.reshape(-1), second.reshape(-1)])
 

@@ -29,18 +29,18 @@ def pack_by_definition(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor)
     bits = [t.view(torch.int16).numpy() for t in (gate, up, down)]
     packed = np.zeros(packed_bytes(hidden, intermediate) // 2, np.int16)
     pairs, at = -(-hidden // 2), 0
-    for block in range(-(-intermediate // 32)):
+    for block in range(-(-intermediate // 16)):
         for pair in range(pairs):
-            for lane in range(64):
-                row = 32 * block + lane % 32
+            for lane in range(32):
+                row = 16 * block + lane % 16
                 for j in range(2):
                     if row < intermediate and 2 * pair + j < hidden:
-                        packed[at] = bits[lane // 32][row, 2 * pair + j]
+                        packed[at] = bits[lane // 16][row, 2 * pair + j]
                     at += 1
-    for block in range(-(-hidden // 64)):
+    for block in range(-(-hidden // 32)):
         for pair in range(-(-intermediate // 2)):
-            for lane in range(64):
-                row = 64 * block + lane
+            for lane in range(32):
+                row = 32 * block + lane
                 for j in range(2):
                     if row < hidden and 2 * pair + j < intermediate:
                         packed[at] = bits[2][row, 2 * pair + j]
