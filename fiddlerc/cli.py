@@ -13,16 +13,26 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 
 from fiddler_runtime.errors import FiddlerError, FiddlerWarning
+from fiddler_runtime.progress import BYTES
 from fiddler_runtime.text import format_bytes
 
 from . import __version__
@@ -90,6 +100,11 @@ def parse_sweep(text: str) -> tuple[int, ...]:
     return tuple(first + (last - first) * step // (SWEEP_POINTS - 1) for step in range(SWEEP_POINTS))
 
 
+def parse_cache(text: str) -> bool | Path:
+    """--packed-cache's folder; without one: True, beside the checkpoint."""
+    return Path(text) if text else True
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan directory.")]
 ModelDir = Annotated[Path, typer.Option("--model", metavar="DIR", help="The model's Hugging Face directory.")]
@@ -98,6 +113,14 @@ Isa = Annotated[str | None, typer.Option(metavar="NAME", help="Run this kernel v
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU lane.")]
 TrustBinaries = Annotated[
     bool, typer.Option("--trust-binaries", help="Load a kernel library that the plan brings, instead of building it.")
+]
+PackedCache = Annotated[
+    Any,
+    typer.Option(
+        parser=parse_cache,
+        metavar="[DIR]",
+        help="Keep the packed experts on disk, in DIR or beside the model, and map them.",
+    ),
 ]
 
 
@@ -252,6 +275,7 @@ def trace(
     generate_tokens: Annotated[int, typer.Option(min=0, help="Also let the model write this many.")] = 0,
     beams: Annotated[int, typer.Option(min=1, help="Beams while it writes; counted once.")] = 1,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after this much text.")] = None,
+    packed_cache: PackedCache = None,
     as_json: Json = False,
 ) -> None:
     """Record which experts text chooses."""
@@ -278,6 +302,7 @@ def trace(
                 generate_tokens=generate_tokens,
                 num_beams=beams,
                 max_tokens=max_tokens,
+                packed_cache=packed_cache or False,
                 progress=progress,
             )
     prefill, decode = (int(n) for n in result.counts.sum(axis=(1, 2)))
@@ -402,6 +427,7 @@ def run(
         str | None, typer.Option(metavar="LIST", help="Permit only these of resident,streamed,cpu.")
     ] = None,
     trust_binaries: TrustBinaries = False,
+    packed_cache: PackedCache = None,
     as_json: Json = False,
 ) -> None:
     """Generate text through a plan."""
@@ -420,9 +446,11 @@ def run(
         threads=threads,
         strategies=None if strategies is None else parse_isas(strategies),
         trust_binaries=trust_binaries,
+        packed_cache=packed_cache or False,
     )
+    on_text = _write_now if stream and not as_json else None
     with _progress() as progress:
-        result = pipeline.run(plan, request, on_text=_write_now if stream and not as_json else None, progress=progress)
+        result = pipeline.run(plan, request, on_text=on_text, progress=progress, on_preflight=_print_needs)
     if as_json:
         _print_json(dataclasses.asdict(result))
         return
@@ -455,6 +483,7 @@ def bench(
     isa: Isa = None,
     threads: Threads = None,
     trust_binaries: TrustBinaries = False,
+    packed_cache: PackedCache = None,
     as_json: Json = False,
 ) -> None:
     """Compare a plan with transformers' own implementation, in one process."""
@@ -473,9 +502,10 @@ def bench(
         isa=isa,
         threads=threads,
         trust_binaries=trust_binaries,
+        packed_cache=packed_cache or False,
     )
     with _progress() as progress:
-        result = pipeline.bench(plan, request, progress=progress)
+        result = pipeline.bench(plan, request, progress=progress, on_preflight=_print_needs)
     if as_json:
         _print_json({**dataclasses.asdict(result), "command": _command_line()})
         return
@@ -490,6 +520,41 @@ def bench(
         f"{machine.cpu}, {machine.cores} cores; kernel {result.engine['isa']}, device {result.engine['device']}; "
         f"{result.rounds} interleaved rounds after a warm-up"
     )
+
+
+@app.command()
+def pack(
+    plan: PlanPath,
+    model: ModelDir,
+    packed_cache: PackedCache = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Then read every byte and compare it.")] = False,
+    threads: Threads = None,
+    trust_binaries: TrustBinaries = False,
+    as_json: Json = False,
+) -> None:
+    """Pack a model's experts ahead of time, for --packed-cache."""
+    from . import pipeline
+
+    request = pipeline.execution.PackRequest(
+        model_dir=model,
+        packed_cache=packed_cache or True,
+        verify=verify,
+        threads=threads,
+        trust_binaries=trust_binaries,
+    )
+    with _progress() as progress:
+        result = pipeline.pack(plan, request, progress=progress, on_preflight=_print_needs)
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+        return
+    out.print(f"cache     {result.path}")
+    out.print(f"holds     {result.experts} experts, {format_bytes(result.total_bytes)}")
+    if result.written_bytes:
+        out.print(f"packed    {_rate(result.written_bytes, result.pack_s)}")
+    else:
+        out.print("packed    nothing: all of it was there")
+    if result.verify_s is not None:
+        out.print(f"verified  {_rate(result.total_bytes, result.verify_s)}")
 
 
 @app.command()
@@ -614,10 +679,28 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+def _rate(count: int, seconds: float) -> str:
+    return f"{format_bytes(count)} in {seconds:.1f} s, {count / seconds / 1e9:.2f} GB/s"
+
+
+def _print_needs(needs: Any) -> None:
+    """What a large model needs, before it is loaded; a small one is there before anybody has read that."""
+    if sum(need.bytes for need in needs.needs) + needs.mapped_bytes >= 1 << 30:
+        err.print(f"[dim]{_escape(needs.model)} needs[/]")
+        for line in needs.lines():
+            err.print(f"[dim]{_escape(line)}[/]")
+
+
 def run_command_line(arguments: Sequence[str]) -> int:
     """Runs `fiddlerc ARGUMENTS`; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 if interrupted."""
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", FiddlerWarning)
+    # An option whose value may be left out: typer has none.
+    last = [*arguments[1:], "--"]
+    arguments = [
+        "--packed-cache=" if here == "--packed-cache" and after.startswith("-") else here
+        for here, after in zip(arguments, last, strict=False)
+    ]
     try:
         status = typer.main.get_command(app).main(args=list(arguments), prog_name="fiddlerc", standalone_mode=False)
         if status == INTERRUPTED:  # typer's way of reporting Ctrl-C
@@ -720,14 +803,22 @@ def _show_warning(
 
 @contextmanager
 def _progress() -> Iterator[Any]:
-    """A callback (label, done, total) that draws one bar per label on stderr, gone when finished."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
+    """A callback (label, done, total) that draws one bar per label on stderr, gone when finished.
+
+    Bars of bytes show GB/s (fiddler_runtime.progress).
+    """
+    bar = (TextColumn("{task.description}"), BarColumn())
+    counting = (*bar, MofNCompleteColumn(), TimeElapsedColumn())
+    sizing = (*bar, DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+    options: dict[str, Any] = {"console": err, "transient": True, "auto_refresh": False}
+    bars = {False: Progress(*counting, **options), True: Progress(*sizing, **options)}
+    tasks: dict[str, Any] = {}
+    with Live(Group(*bars.values()), console=err, transient=True) if err.is_terminal else nullcontext():
 
         def update(label: str, done: int, total: int) -> None:
+            shown = bars[label.endswith(BYTES)]
             if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
-            bars.update(tasks[label], completed=done, total=total)
+                tasks[label] = shown.add_task(label.removesuffix(BYTES), total=total)
+            shown.update(tasks[label], completed=done, total=total)
 
         yield update

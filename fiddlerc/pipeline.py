@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ import numpy.typing as npt
 from fiddler_runtime import compat, makespan, strict
 from fiddler_runtime import plan as plan_format
 from fiddler_runtime.build import build_kernels
-from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.errors import FiddlerError, FiddlerWarning
 from fiddler_runtime.kernels import KernelLibrary
-from fiddler_runtime.machine import this_machine
+from fiddler_runtime.machine import available_bytes, this_machine
 from fiddler_runtime.plan import HardwareSummary, Header, Plan
 
 from . import __version__, codegen, export, frontend, hardware, latency, placement, report, simulate
@@ -51,6 +52,8 @@ DEFAULT_CONTEXT = 4096
 BEAM_BATCH = 4
 DEFAULT_SHAPES = ((4096, 14336), (2048, 768))
 QUICK_SHAPES = ((2048, 768),)
+TRACE_MARGIN = 1.2
+"""Tracing by transformers takes the model's own bytes, and some more while it loads and runs."""
 
 
 @dataclass(frozen=True)
@@ -361,9 +364,13 @@ def record_trace(
     generate_tokens: int,
     num_beams: int,
     max_tokens: int | None,
+    packed_cache: bool | Path = False,
     progress: Progress | None = None,
 ) -> Trace:
-    """Runs the model over text files and writes which experts they chose."""
+    """Runs the model over text files and writes which experts they chose.
+
+    By transformers; with a packed cache, or where that would not fit the memory, through kernels of ours.
+    """
     spec = frontend.load_model(model)
     if not Path(model).is_dir():
         raise FiddlerError(
@@ -373,18 +380,29 @@ def record_trace(
             hint="fiddlerc trace MODEL_DIR --text FILE -o trace.safetensors",
         )
     contents = [execution.read_text(path) for path in texts]
-    trace = tracing.record(
-        Path(model),
-        spec,
-        contents,
-        sequence_tokens=sequence_tokens,
-        prompt_tokens=prompt_tokens,
-        batch=batch,
-        generate_tokens=generate_tokens,
-        num_beams=num_beams,
-        max_tokens=max_tokens,
-        progress=progress,
-    )
+    experts = len(spec.moe_layers) * spec.num_experts * spec.expert_bytes
+    with tempfile.TemporaryDirectory(prefix="fiddlerc-") as folder:
+        plan = None
+        if packed_cache or TRACE_MARGIN * (spec.non_expert_bytes + experts) > available_bytes():
+            # For its kernels: on the CPU nothing else of it is used, and its latencies mean nothing.
+            request = CompileRequest(model, "a100", Path(folder, "plan"), batch=1)
+            plan = compile_plan(request, progress).plan
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* what the plan says", FiddlerWarning)
+            trace = tracing.record(
+                Path(model),
+                spec,
+                contents,
+                sequence_tokens=sequence_tokens,
+                prompt_tokens=prompt_tokens,
+                batch=batch,
+                generate_tokens=generate_tokens,
+                num_beams=num_beams,
+                max_tokens=max_tokens,
+                plan=plan,
+                packed_cache=packed_cache,
+                progress=progress,
+            )
     tracing.write_trace(trace, output)
     return trace
 
@@ -455,6 +473,11 @@ def run(plan: Path, request: execution.RunRequest, **hooks: Any) -> execution.Ru
 def bench(plan: Path, request: execution.BenchRequest, **hooks: Any) -> execution.BenchResult:
     """Compares a plan's tokens/s with transformers' own, interleaved in one process."""
     return execution.bench(plan, request, **hooks)
+
+
+def pack(plan: Path, request: execution.PackRequest, **hooks: Any) -> execution.PackResult:
+    """Makes a model's packed cache ahead of time."""
+    return execution.pack(plan, request, **hooks)
 
 
 def doctor() -> tuple[hardware.Check, ...]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from safetensors.torch import save_file
 
 from fiddler_runtime.machine import Accelerator, AcceleratorKind, this_machine
 from fiddler_runtime.plan import (
@@ -25,6 +28,7 @@ from fiddler_runtime.plan import (
 )
 from fiddlerc import codegen, ir, placement
 
+Tensors = dict[str, torch.Tensor]
 TINY_MIXTRAL = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
 
 
@@ -128,3 +132,40 @@ def write_sample_plan(
         digest="",
     )
     return write_plan(dest, header, tables, {f"kernels/{n}": t.encode() for n, t in sources.files.items()})
+
+
+def checkpoint_tensors(spec: ModelSpec, dtype: torch.dtype = torch.bfloat16) -> Tensors:
+    """Every expert of a checkpoint, by name."""
+    generator = torch.Generator().manual_seed(2)
+    names = spec.expert_tensors
+    wide = (spec.intermediate_size, spec.hidden_size)
+    return {
+        pattern.format(layer=layer, expert=expert): torch.randn(shape, generator=generator).to(dtype) / 8
+        for layer in spec.moe_layers
+        for expert in range(spec.num_experts)
+        for pattern, shape in ((names.gate, wide), (names.up, wide), (names.down, wide[::-1]))
+    }
+
+
+def write_checkpoint(folder: Path, spec: ModelSpec, tensors: Tensors, shards: int = 1) -> Path:
+    """config.json and the tensors, dealt out to that many shards in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(spec.identity))
+    names = list(tensors)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = names[shard::shards]
+        save_file({name: tensors[name] for name in part}, folder / file)
+        weight_map.update(dict.fromkeys(part, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def matrices(tensors: Tensors, spec: ModelSpec, layer: int, expert: int) -> list[torch.Tensor]:
+    """gate, up and down of one expert."""
+    names = spec.expert_tensors
+    return [tensors[p.format(layer=layer, expert=expert)] for p in (names.gate, names.up, names.down)]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fiddler_runtime.checkpoint import Checkpoint
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import Machine, this_machine
+from fiddler_runtime.preflight import Need, Preflight
 
 from .clock import StepClock
-from .loading import DeviceChoice, Progress, load_model, load_tokenizer, read_text
+from .loading import DeviceChoice, OnPreflight, Progress, load_model, load_tokenizer, read_text
 
 SCENARIOS = ("decode", "prefill", "beam")
 OUR_TEXT = Path(__file__).with_name("text.txt")
@@ -35,6 +37,7 @@ class BenchRequest:
     isa: str | None = None
     threads: int | None = None
     trust_binaries: bool = False
+    packed_cache: bool | Path = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,13 @@ class BenchResult:
     scenarios: tuple[ScenarioResult, ...]
 
 
-def bench(plan: Path, request: BenchRequest, *, progress: Progress | None = None) -> BenchResult:
+def bench(
+    plan: Path,
+    request: BenchRequest,
+    *,
+    progress: Progress | None = None,
+    on_preflight: OnPreflight | None = None,
+) -> BenchResult:
     """Times both models on the same prompts, in turn, `rounds` times after one warm-up each.
 
     Both get this machine's usable cores: ours through its lanes, transformers through torch's threads; the other model
@@ -86,6 +95,14 @@ def bench(plan: Path, request: BenchRequest, *, progress: Progress | None = None
             expected=f"at least {longest}",
             hint="--text LONGER_FILE, or a smaller --prefill-tokens",
         )
+
+    def check(needs: Preflight) -> None:
+        theirs = sum(tensor.nbytes for tensor in Checkpoint.open(request.model_dir).tensors.values())
+        both = replace(needs, needs=(*needs.needs, Need("host memory", "transformers' own model", theirs)))
+        if on_preflight is not None:
+            on_preflight(both)
+        both.check()
+
     ours = load_model(
         plan,
         request.model_dir,
@@ -94,7 +111,9 @@ def bench(plan: Path, request: BenchRequest, *, progress: Progress | None = None
         threads=request.threads,
         strategies=None,
         trust_binaries=request.trust_binaries,
+        packed_cache=request.packed_cache,
         progress=progress,
+        on_preflight=check,
     )
     try:
         with _quiet_transformers():

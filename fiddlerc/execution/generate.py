@@ -10,7 +10,7 @@ from typing import Any
 from fiddler_runtime.errors import FiddlerError
 
 from .clock import StepClock, Timing
-from .loading import DeviceChoice, Progress, load_model, load_tokenizer
+from .loading import DeviceChoice, OnPreflight, Progress, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class RunRequest:
     threads: int | None = None
     strategies: tuple[str, ...] | None = None
     trust_binaries: bool = False
+    packed_cache: bool | Path = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def run(
     *,
     on_text: Callable[[str], None] | None = None,
     progress: Progress | None = None,
+    on_preflight: OnPreflight | None = None,
 ) -> RunResult:
     """Generates once. `on_text` receives the continuation piece by piece (not with beams, whose text is only final)."""
     import torch
@@ -71,8 +73,10 @@ def run(
         threads=request.threads,
         strategies=request.strategies,
         trust_binaries=request.trust_binaries,
+        packed_cache=request.packed_cache,
         progress=progress,
         experts=request.experts,
+        on_preflight=on_preflight,
     )
     try:
         limit = model.config.max_position_embeddings

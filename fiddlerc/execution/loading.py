@@ -10,8 +10,10 @@ import fiddler_runtime
 from fiddler_runtime import checkpoint
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.plan import Plan
+from fiddler_runtime.preflight import Preflight
 
 Progress = Callable[[str, int, int], None]
+OnPreflight = Callable[[Preflight], None]
 DeviceChoice = Literal["auto", "cuda", "simulated", "none"]
 
 
@@ -47,7 +49,9 @@ def load_model(
     threads: int | None,
     strategies: tuple[str, ...] | None,
     trust_binaries: bool,
-    progress: Progress | None,
+    packed_cache: bool | Path = False,
+    progress: Progress | None = None,
+    on_preflight: OnPreflight | None = None,
     experts: Path | None = None,
 ) -> Any:
     """A transformers model whose experts run through the plan; `.fiddler` is its engine."""
@@ -62,7 +66,9 @@ def load_model(
         isa=isa,
         threads=threads,
         strategies=strategies,
+        packed_cache=packed_cache,
         progress=progress,
+        on_preflight=on_preflight,
     )
 
 

@@ -43,7 +43,6 @@ def measure_rest(plan: Plan, model_dir: Path, *, progress: Progress | None = Non
         threads=None,
         strategies=None,
         trust_binaries=False,
-        progress=None,
     )
     try:
         if model.fiddler.describe()["device"] == "cuda":

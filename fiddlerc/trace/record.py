@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fiddler_runtime import hf
 from fiddler_runtime.checkpoint import Checkpoint, check_identity
 from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.plan import Plan
 from fiddlerc.ir import ModelSpec, Trace
 
 from .check import DECODE, MAX_EXPERTS, PREFILL, check, count
@@ -35,6 +37,8 @@ def record(
     generate_tokens: int = 0,
     num_beams: int = 1,
     max_tokens: int | None = None,
+    plan: Plan | None = None,
+    packed_cache: bool | Path = False,
     progress: Progress | None = None,
 ) -> Trace:
     """Teacher-forced: the text itself is what the model "decodes".
@@ -43,6 +47,9 @@ def record(
     forward pass over the sequence is enough for both: the model is causal, so a position is routed by what precedes it,
     just as if it had been decoded step by step. Sequences run `batch` at a time, padded on the left and masked; pads
     are not recorded. The model runs in bf16, as it will with a plan.
+
+    With a plan, its kernels compute the experts, on the CPU, where they are held once, or mapped from a packed cache.
+    Sums are rounded otherwise than by transformers, so a router may choose otherwise where two experts nearly tie.
 
     With generate_tokens > 0 the model also continues every prompt itself, by greedy or beam search; these tokens are
     decode rows of sequences of their own, numbered after the text's. Each step counts once, with the routing of its
@@ -66,13 +73,17 @@ def record(
         )
         if progress is not None:
             progress("loading the model", 0, 1)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.bfloat16, local_files_only=True
-        ).eval()
+        if plan is None:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                model_dir, dtype=torch.bfloat16, local_files_only=True
+            ).eval()
+        else:
+            model = hf.load(model_dir, plan, device="none", packed_cache=packed_cache, progress=progress)
         if progress is not None:
             progress("loading the model", 1, 1)
         recorder = _Recorder(model, spec)
-        with torch.inference_mode(), recorder:
+        engine = nullcontext() if plan is None else model.fiddler
+        with engine, torch.inference_mode(), recorder:
             rows = _Rows()
             _force(model, recorder, sequences, prompt_tokens, batch, rows, progress)
             if generate_tokens:
@@ -222,7 +233,7 @@ def _experts_modules(model: Any, spec: ModelSpec) -> list[Any]:
     for name, module in model.named_modules():
         match = _LAYER.search(f".{name}")
         # Set by transformers' experts registry on every experts class: these are called with (hidden, ids, weights).
-        if match is not None and hasattr(module, "is_concatenated"):
+        if match is not None and (hasattr(module, "is_concatenated") or isinstance(module, hf.PlannedExperts)):
             found[int(match.group(1))] = module
     if tuple(sorted(found)) != spec.moe_layers:
         raise FiddlerError(

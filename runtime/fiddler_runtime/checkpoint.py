@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -22,6 +23,8 @@ __all__ = ["Checkpoint", "TensorInfo", "check_identity", "config_value", "expert
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SAMPLES, SAMPLE_BYTES = 64, 4096
+"""Pieces of a shard that identify it besides its header: a quarter of a megabyte of some gigabytes."""
 # Families whose published config.json says num_experts get num_local_experts instead when transformers 5 saves them.
 _OTHER_SPELLING = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
 
@@ -66,8 +69,11 @@ class Checkpoint:
             raise FiddlerError(f"the tensor {name} has another shape", found=list(info.shape), expected=list(out.shape))
         self.read_part(name, 0, out)
 
-    def read_part(self, name: str, first: int, out: torch.Tensor) -> None:
-        """Reads out.numel() consecutive elements, from the element `first` on; otherwise as `read_into`."""
+    def read_part(self, name: str, first: int, out: torch.Tensor, *, drop: bool = False) -> None:
+        """Reads out.numel() consecutive elements, from the element `first` on; otherwise as `read_into`.
+
+        drop  gives the pages back at once that were read, so that the file does not stay in the page cache as well
+        """
         info = self.tensors[name]
         if not 0 <= first <= info.elements - out.numel():
             raise ValueError(f"{name} has {info.elements} elements, not {first} + {out.numel()}")
@@ -82,11 +88,39 @@ class Checkpoint:
             # A descriptor of its own and pread: no shared file offset, nothing to close later.
             descriptor = os.open(info.file, os.O_RDONLY)
             try:
-                _read_exactly(descriptor, memory, info, info.offset + first * out.element_size())
+                start = info.offset + first * out.element_size()
+                _read_exactly(descriptor, memory, info, start)
+                if drop:
+                    os.posix_fadvise(descriptor, start, len(memory), os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise FiddlerError(f"cannot read {info.file}", found=error.strerror or str(error)) from None
+
+    def identity(self) -> str:
+        """What tells these files from others: names, sizes, headers, and SAMPLES pieces of every file, hashed.
+
+        Copying or moving the directory does not change it. Another checkpoint of the same shapes does, unless it
+        differs in a few bytes between the pieces only. Raises FiddlerError for a file that cannot be read.
+        """
+        starts: dict[Path, int] = {}
+        for info in self.tensors.values():
+            starts[info.file] = min(info.offset, starts.get(info.file, info.offset))
+        total = hashlib.sha256()
+        for file, start in sorted(starts.items()):
+            try:
+                with file.open("rb", buffering=0) as opened:
+                    size = os.fstat(opened.fileno()).st_size
+                    os.posix_fadvise(opened.fileno(), start, 0, os.POSIX_FADV_RANDOM)
+                    pieces = [os.pread(opened.fileno(), start, 0)]
+                    for number in range(SAMPLES):
+                        offset = start + (size - start) * number // SAMPLES
+                        pieces.append(os.pread(opened.fileno(), SAMPLE_BYTES, offset))
+            except OSError as error:
+                raise FiddlerError(f"cannot read {file}", found=error.strerror or str(error)) from None
+            for piece in (file.name.encode(), size.to_bytes(8, "little"), *pieces):
+                total.update(len(piece).to_bytes(8, "little") + piece)
+        return total.hexdigest()
 
     def check_experts(self, spec: ModelSpec) -> None:
         """Raises FiddlerError unless every routed expert of `spec` is here, in the right shape and a float dtype.

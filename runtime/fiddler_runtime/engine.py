@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from .lanes.streamed import StreamedLane
 from .loading import load_plan, open_library
 from .machine import cpu_lane_threads, usable_cores
 from .makespan import CPU, RESIDENT, SPLIT, STREAMED
+from .packed_cache import PackedCache
 from .plan import Plan
+from .preflight import survey
+from .progress import Progress
 from .store import place
 from .strategies import DeviceChoice
 from .weights import ExpertWeights
-
-Progress = Callable[[str, int, int], None]
 
 
 class Engine:
@@ -45,6 +46,9 @@ class Engine:
     threads     of the CPU lane, the caller included; default all usable cores, less one for a simulated accelerator
     strategies  a subset of ("resident", "streamed", "cpu") to choose from; weights are placed accordingly. Default all,
                 and with device none ("cpu",)
+    packed_cache  keep the packed experts in this folder, or beside the checkpoint if True, and map them from there:
+                the next engine starts at once, and engines share memory (docs/runtime.md). Default: they are packed
+                into memory of the engine's own
     progress    called with (label, done, total) while kernels are built and weights are loaded
 
     One thread at a time runs `moe`; others wait. An engine does not survive fork: make it in the child.
@@ -60,6 +64,7 @@ class Engine:
         isa: str | None = None,
         threads: int | None = None,
         strategies: Sequence[str] | None = None,
+        packed_cache: PackedCache | bool | str | Path | None = False,
         progress: Progress | None = None,
     ) -> None:
         self.plan = plan if isinstance(plan, Plan) else load_plan(plan)
@@ -71,25 +76,26 @@ class Engine:
         self._counters = Counters()
         self._rows = {layer: row for row, layer in enumerate(self.spec.moe_layers)}
 
-        permitted = rules.permit(strategies, device)
-        kind = rules.choose_device(self.plan, device, permitted, gpu=torch.cuda.is_available())
-        self.strategies = ("cpu",) if kind == "none" else permitted or rules.ALL
-        resident = rules.placement(self.plan, self.strategies)
-
-        streaming = "streamed" in self.strategies and not resident.all()
-        on = {feature.name for feature in self.plan.header.features if feature.on} if streaming else set()
+        setup = rules.decide(self.plan, device, strategies, gpu=torch.cuda.is_available())
+        self.strategies = setup.strategies
+        weights.check(self.spec)
+        if not isinstance(packed_cache, PackedCache):
+            packed_cache = PackedCache.open(packed_cache, self.spec, weights)
+        needs = survey(self.plan.header, setup, packed_cache, whole_model=False)
+        needs.check()
+        weights.drop_behind = needs.crowded
         self._library = open_library(self.plan, progress=progress)
-        self._device = open_device(kind)
+        self._device = open_device(setup.kind)
         try:
             self._kernels = self._library.open(isa, _cpu_threads(threads, self._device))
             try:
                 self._store = place(
                     self.spec,
-                    resident,
+                    setup.resident,
                     weights,
                     self._kernels,
                     self._device,
-                    prefetching="prefetch" in on,
+                    cache=packed_cache,
                     progress=progress,
                 )
             except BaseException:
@@ -99,13 +105,15 @@ class Engine:
             self._device.close()
             raise
         # The tables as they apply here: where the weights are decides, not where the plan would have put them.
-        tables = dataclasses.replace(self.plan.tables, resident=resident.astype(np.uint8))
-        self._features = tuple(sorted(on))
-        rows = self.spec.intermediate_size if "split" in on and "cpu" in self.strategies else 0
+        tables = dataclasses.replace(self.plan.tables, resident=setup.resident.astype(np.uint8))
+        self._features = tuple(sorted(setup.features))
+        rows = self.spec.intermediate_size if "split" in setup.features and "cpu" in self.strategies else 0
         self._dispatcher = Dispatcher(self._library, tables, self.spec.num_experts, allow=self.strategies, rows=rows)
         # What is worth fetching ahead was decided for the plan's own residents.
-        self._ahead = Ahead(self.plan.tables.prefetch, self._store) if "prefetch" in on else None
-        lane = StreamedLane(self._device, self.spec.expert, prefetch="prefetch" in on) if streaming else None
+        self._ahead = Ahead(self.plan.tables.prefetch, self._store) if "prefetch" in setup.features else None
+        lane = None
+        if setup.streaming:
+            lane = StreamedLane(self._device, self.spec.expert, prefetch="prefetch" in setup.features)
         self._lanes = AcceleratorLanes(self._device, self._store, lane)
         self._drift = Drift(self.plan)
         self._description = self._describe()

@@ -16,11 +16,13 @@ from .checkpoint import check_identity, read_config
 from .engine import Engine
 from .errors import FiddlerError
 from .loading import load_plan, open_library
+from .packed_cache import PackedCache
 from .plan import ModelSpec, Plan
+from .preflight import Preflight, survey
+from .progress import Progress
 from .strategies import DeviceChoice
 from .weights import ExpertWeights
 
-Progress = Callable[[str, int, int], None]
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _EXPERT_KEYS = r"\.experts\.(gate_up_proj|down_proj)(_bias)?$"
 
@@ -36,33 +38,51 @@ def load(
     threads: int | None = None,
     isa: str | None = None,
     attn_implementation: str | None = None,
+    packed_cache: bool | str | Path = False,
     progress: Progress | None = None,
+    on_preflight: Callable[[Preflight], None] | None = None,
 ) -> Any:
     """An ordinary transformers model: generate() greedy, sampling, streaming and with beams.
 
     transformers reads everything but the routed experts, in `dtype`; those go from the shards to where the plan wants
     them, in bf16. `model.fiddler` is the Engine: its counters, and `close()` when the model is no longer needed.
 
-    experts  the ONNX file that has them, for a plan that was compiled from one: only the rest is read from model_dir
-    The other arguments are the Engine's. Raises FiddlerError, among others for a model that is not the plan's and for a
-    checkpoint that lacks a tensor.
+    experts       the ONNX file that has them, for a plan compiled from one: only the rest is read from model_dir
+    on_preflight  is told what is needed before anything large begins
+    The other arguments are the Engine's. Raises FiddlerError, among others for a model that is not the plan's, a
+    checkpoint that lacks a tensor, too little memory.
     """
     _import_transformers()
     model_dir = Path(model_dir)
     if not isinstance(plan, Plan):
         plan = load_plan(plan)
     spec = plan.header.model
-    # What can fail fast comes first: the wrong model, half a checkpoint, wrong arguments, kernels that do not compile.
+    # What can fail fast comes first: the wrong model, half a checkpoint, wrong arguments, too little memory or disk,
+    # kernels that do not compile.
     weights = ExpertWeights.load(model_dir if experts is None else experts)
     weights.check(spec)
     if experts is not None:
         check_identity(spec, model_dir)
-    rules.permit(strategies, device)
+    setup = rules.decide(plan, device, strategies, gpu=torch.cuda.is_available())
+    cache = PackedCache.open(packed_cache, spec, weights)
+    needs = survey(plan.header, setup, cache, whole_model=True)
+    if on_preflight is not None:
+        on_preflight(needs)
+    needs.check()
     open_library(plan, progress=progress)
 
     # Before the experts: while it loads, transformers holds some tensors twice.
     model = load_without_experts(model_dir, spec, dtype, attn_implementation)
-    engine = Engine(plan, weights, device=device, isa=isa, threads=threads, strategies=strategies, progress=progress)
+    engine = Engine(
+        plan,
+        weights,
+        device=device,
+        isa=isa,
+        threads=threads,
+        strategies=strategies,
+        packed_cache=cache,
+        progress=progress,
+    )
     model.to(engine.device)
     for module in model.modules():
         if isinstance(module, PlannedExperts):

@@ -193,6 +193,25 @@ def memory_bytes(root: Path = Path("/")) -> int:
     return min(limits, default=0)
 
 
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that can still be had: what the system reports as available, within every limit of the control groups.
+
+    Page cache that a group would give up counts as available, as it does for the system. 0 if unknown.
+    """
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    limits = [int(found.group(1)) * 1024] if found else []
+    for folder in _cgroup_folders(root, "memory"):
+        for limit, usage, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
+            if most.isdigit() and used.isdigit() and int(most) < _UNLIMITED:
+                idle = re.search(rf"^{cached} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+                limits.append(int(most) - int(used) + (int(idle.group(1)) if idle else 0))
+    return max(0, min(limits, default=0))
+
+
 def _cuda_device(root: Path) -> Accelerator | None:
     try:
         import torch  # heavy

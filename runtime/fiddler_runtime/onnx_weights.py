@@ -78,7 +78,7 @@ class OnnxCheckpoint(Checkpoint):
             return f"int{info.bits} ({'half' if info.bits == 8 else 'a quarter'} of what they take in memory)"
         return super().stored_as(info)
 
-    def read_part(self, name: str, first: int, out: torch.Tensor) -> None:
+    def read_part(self, name: str, first: int, out: torch.Tensor, *, drop: bool = False) -> None:
         """As Checkpoint's; quantised tensors, which are fp32 here, one whole expert at a time."""
         info = self.tensors[name]
         if isinstance(info, QuantizedTensor):
@@ -90,7 +90,7 @@ class OnnxCheckpoint(Checkpoint):
             elements = torch.from_numpy(self._decoded[1][first : first + out.numel()])
             out.view(-1).copy_(elements.view(out.dtype))
         else:
-            super().read_part(name, first, out)
+            super().read_part(name, first, out, drop=drop)
 
 
 def _quantized(

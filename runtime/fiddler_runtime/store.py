@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ import torch
 from . import arena
 from .kernels import Kernels, make_pointers
 from .lanes.device import Device, UnpackedExpert
+from .packed_cache import PackedCache
 from .plan import ModelSpec
+from .progress import BYTES, Progress
+from .reading import buffers, read_ahead
 from .weights import ExpertWeights
 
-Progress = Callable[[str, int, int], None]
-STAGING_EXPERTS = 3
-"""Experts' worth of accelerator memory that streaming takes: two unpacked slots, one landing buffer.
-Prefetching takes one more."""
+LOADING = "loading experts" + BYTES
 
 
 @dataclass(frozen=True)
@@ -51,84 +52,97 @@ def place(
     kernels: Kernels,
     device: Device,
     *,
-    prefetching: bool = False,
+    cache: PackedCache | None = None,
     progress: Progress | None = None,
 ) -> ExpertStore:
-    """Reads every expert once and puts it where `resident` bool [layers, experts] says.
+    """Puts every expert where `resident` bool [layers, experts] says: from `weights`, or from the packed `cache`.
 
-    At no time is more than one expert held beside the finished ones. Raises FiddlerError before any work if memory does
-    not suffice or the source is not of this model.
+    `weights` has passed its check; each expert is read once, none if the cache is complete.
     """
-    weights.check(spec)
-    packed_bytes = kernels.library.packed_bytes
-    _require_memory(spec, int(resident.sum()), packed_bytes, device, STAGING_EXPERTS + prefetching)
-    total, done = resident.size, 0
-    residents: list[dict[int, UnpackedExpert]] = []
-    packed: list[dict[int, torch.Tensor]] = []
-    undo: list[Callable[[], None]] = []
-    staging: UnpackedExpert | None = None
-    for row, layer in enumerate(spec.moe_layers):
-        on_device: dict[int, UnpackedExpert] = {}
-        on_host: dict[int, torch.Tensor] = {}
-        missing = [e for e in range(spec.num_experts) if not resident[row, e]]
-        if missing:
-            memory = arena.allocate(len(missing) * packed_bytes)
-            on_host = dict(zip(missing, memory.view(len(missing), -1).unbind(), strict=True))
-        for expert in range(spec.num_experts):
-            if progress is not None:
-                progress("loading experts", done, total)
-            direct = expert not in on_host and device.torch_device.type == "cpu"
-            if direct or staging is None:
-                read = UnpackedExpert.empty(spec.expert)
-                staging = staging if direct else read
-            else:
-                read = staging
-            weights.read(layer, expert, *read.matrices, read.biases)
-            if expert in on_host:
-                kernels.pack(*read.matrices, on_host[expert], read.biases)
-            else:
-                on_device[expert] = read if direct else read.to(device.torch_device)
-            done += 1
-        if missing:
-            # After packing: pinning touches every page, and would bring them in before the kernels' threads do.
-            undo.append(device.pin(memory))
-        residents.append(on_device)
-        packed.append(on_host)
-    if progress is not None:
-        progress("loading experts", total, total)
-    pointers = tuple(
-        make_pointers([on_host[e].data_ptr() if e in on_host else None for e in range(spec.num_experts)])
-        for on_host in packed
-    )
-    return ExpertStore(
-        resident=tuple(residents),
-        packed=tuple(packed),
-        pointers=pointers,
-        resident_bytes=int(resident.sum()) * spec.expert_bytes,
-        arena_bytes=(total - int(resident.sum())) * packed_bytes,
-        unpin=tuple(undo),
-    )
-
-
-def _require_memory(spec: ModelSpec, residents: int, packed_bytes: int, device: Device, staging: int) -> None:
-    total = len(spec.moe_layers) * spec.num_experts
-    on_device = residents * spec.expert_bytes
-    if device.kind != "none":
-        on_device += staging * packed_bytes
-    on_host = (total - residents) * packed_bytes + spec.expert_bytes
-    free = device.free_bytes()
-    if free is None:
-        on_host += on_device
+    layers = spec.moe_layers
+    missing = [[e for e in range(spec.num_experts) if not resident[row, e]] for row in range(len(layers))]
+    if cache is None:
+        packed, residents, memories = _read(spec, missing, weights, kernels, device, progress)
     else:
-        arena.require(
-            f"{residents} resident experts on the {device.kind} device",
-            on_device,
-            free,
-            "compile a plan for less: fiddlerc compile MODEL --hw HW --gpu-memory SIZE -o PLAN",
-        )
-    arena.require(
-        f"the {total} experts of {spec.name}",
-        on_host,
-        arena.available_bytes(),
-        "close other programs, or run on a machine with more memory",
+        cache.fill(kernels, drop_behind=weights.drop_behind, progress=progress)
+        packed, residents, memories = _map(spec, missing, cache, kernels, device, progress)
+    # Last: pinning touches every page, and would bring them in before the kernels' threads do.
+    unpin = tuple(device.pin(memory, mapped=cache is not None) for memory in memories)
+    return ExpertStore(
+        resident=residents,
+        packed=packed,
+        pointers=tuple(
+            make_pointers([here[e].data_ptr() if e in here else None for e in range(spec.num_experts)])
+            for here in packed
+        ),
+        resident_bytes=int(resident.sum()) * spec.expert_bytes,
+        arena_bytes=int((~resident).sum()) * kernels.library.packed_bytes,
+        unpin=unpin,
     )
+
+
+_Placed = tuple[tuple[dict[int, torch.Tensor], ...], tuple[dict[int, UnpackedExpert], ...], list[torch.Tensor]]
+"""Packed and resident experts by row, and the memory that the packed ones lie in."""
+
+
+def _read(
+    spec: ModelSpec,
+    missing: list[list[int]],
+    weights: ExpertWeights,
+    kernels: Kernels,
+    device: Device,
+    progress: Progress | None,
+) -> _Placed:
+    """Every expert from `weights`: at no time are more than reading.BUFFERS held beside the finished ones."""
+    row_of = {layer: row for row, layer in enumerate(spec.moe_layers)}
+    arenas = [arena.allocate(len(experts) * kernels.library.packed_bytes) if experts else None for experts in missing]
+    packed = tuple(
+        {} if memory is None else dict(zip(experts, memory.view(len(experts), -1).unbind(), strict=True))
+        for experts, memory in zip(missing, arenas, strict=True)
+    )
+    residents: tuple[dict[int, UnpackedExpert], ...] = tuple({} for _ in missing)
+    turn = buffers(spec.expert)
+
+    def room(layer: int, expert: int) -> UnpackedExpert:
+        direct = device.torch_device.type == "cpu" and expert not in packed[row_of[layer]]
+        return UnpackedExpert.empty(spec.expert) if direct else turn(layer, expert)
+
+    order = weights.order(spec)
+    with contextlib.closing(read_ahead(weights, order, room)) as experts:
+        for number, (layer, expert, read) in enumerate(experts):
+            if progress is not None:
+                progress(LOADING, number * spec.expert_bytes, len(order) * spec.expert_bytes)
+            row = row_of[layer]
+            if expert in packed[row]:
+                kernels.pack(*read.matrices, packed[row][expert], read.biases)
+            else:
+                residents[row][expert] = read.to(device.torch_device)
+    if progress is not None:
+        progress(LOADING, len(order) * spec.expert_bytes, len(order) * spec.expert_bytes)
+    return packed, residents, [memory for memory in arenas if memory is not None]
+
+
+def _map(
+    spec: ModelSpec,
+    missing: list[list[int]],
+    cache: PackedCache,
+    kernels: Kernels,
+    device: Device,
+    progress: Progress | None,
+) -> _Placed:
+    """Packed experts where they lie on disk; residents unpacked from there."""
+    memories = cache.map()
+    packed = tuple({e: memory[e] for e in experts} for experts, memory in zip(missing, memories, strict=True))
+    residents: tuple[dict[int, UnpackedExpert], ...] = tuple({} for _ in missing)
+    wanted = [(row, e) for row in range(len(missing)) for e in range(spec.num_experts) if e not in packed[row]]
+    staging: UnpackedExpert | None = None
+    for number, (row, expert) in enumerate(wanted):
+        if progress is not None:
+            progress(LOADING, number * spec.expert_bytes, len(wanted) * spec.expert_bytes)
+        if staging is None or device.torch_device.type == "cpu":
+            staging = UnpackedExpert.empty(spec.expert)
+        kernels.unpack(memories[row][expert], *staging.matrices, staging.biases)
+        residents[row][expert] = staging.to(device.torch_device)
+    if progress is not None and wanted:
+        progress(LOADING, len(wanted) * spec.expert_bytes, len(wanted) * spec.expert_bytes)
+    return packed, residents, memories

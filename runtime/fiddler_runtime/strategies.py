@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 import numpy as np
@@ -15,6 +16,35 @@ from .plan import Plan
 Strategy = Literal["resident", "streamed", "cpu"]
 DeviceChoice = Literal["auto", "cuda", "simulated", "none"]
 ALL: tuple[Strategy, ...] = get_args(Strategy)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an engine is going to do: the device, what is permitted on it, and where that puts the experts.
+
+    resident  bool [layers, experts]
+    features  those of the plan that apply; only streaming has any
+    """
+
+    kind: AcceleratorKind
+    strategies: tuple[Strategy, ...]
+    resident: npt.NDArray[np.bool_]
+    features: frozenset[str]
+
+    @property
+    def streaming(self) -> bool:
+        """Whether experts may be copied to the accelerator for a step."""
+        return "streamed" in self.strategies and not bool(self.resident.all())
+
+
+def decide(plan: Plan, device: DeviceChoice, strategies: Sequence[str] | None, *, gpu: bool) -> Setup:
+    """The caller's wishes and the plan's placement together. Raises FiddlerError as `permit` does."""
+    permitted = permit(strategies, device)
+    kind = choose_device(plan, device, permitted, gpu=gpu)
+    chosen: tuple[Strategy, ...] = ("cpu",) if kind == "none" else permitted or ALL
+    setup = Setup(kind, chosen, placement(plan, chosen), frozenset())
+    on = frozenset(feature.name for feature in plan.header.features if feature.on)
+    return replace(setup, features=on) if setup.streaming else setup
 
 
 def choose_device(

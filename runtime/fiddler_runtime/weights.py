@@ -5,6 +5,7 @@ A source is asked for one expert at a time and keeps none of them: where they li
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,17 @@ from .plan import ExpertTensors, ModelSpec
 
 
 class ExpertWeights(ABC):
-    """A source of expert weights, made by `load`, `random` or `from_tensors`."""
+    """A source of expert weights, made by `load`, `random` or `from_tensors`.
+
+    A source of another kind implements `check` and `read`, `order` if its experts lie on a disk, and `identity` if they
+    may be kept in a packed cache.
+
+    home         the folder that the weights come from, if they do: a packed cache may lie in it
+    drop_behind  set by who reads: what has been read shall not stay in the page cache
+    """
+
+    home: Path | None = None
+    drop_behind: bool = False
 
     @staticmethod
     def load(model: str | Path) -> ExpertWeights:
@@ -58,14 +69,23 @@ class ExpertWeights(ABC):
         """Fills gate [I, H], up [I, H] and down [H, I] (bf16, contiguous, CPU) of one expert of a decoder layer.
 
         biases  where the model's experts have some, also of gate [I], up [I] and down [H]
+        Called after `check`, from one thread at a time, which need not be the caller's.
         """
+
+    def order(self, spec: ModelSpec) -> list[tuple[int, int]]:
+        """Every (decoder layer, expert), in the order in which reading them is fastest."""
+        return [(layer, expert) for layer in spec.moe_layers for expert in range(spec.num_experts)]
+
+    def identity(self) -> str | None:
+        """What tells these weights from others of the same shapes; None if nothing does without reading them all."""
+        return None
 
 
 class CheckpointWeights(ExpertWeights):
     """Experts read from safetensors shards, straight into the tensors asked for where the order on disk permits."""
 
     def __init__(self, model_dir: Path) -> None:
-        self._model_dir = model_dir
+        self.home = model_dir if model_dir.is_dir() else model_dir.parent
         self._checkpoint = self._open(model_dir)
         self._names: ExpertTensors | None = None
         # What is stored otherwise is read here, then rearranged or rounded to bf16: at most one expert's gate and up.
@@ -78,11 +98,11 @@ class CheckpointWeights(ExpertWeights):
         if spec.from_onnx:
             raise FiddlerError(
                 f"the experts of the plan's model ({spec.name}) are in an ONNX file",
-                found=f"the directory {self._model_dir}",
+                found=f"the directory {self._checkpoint.model_dir}",
                 expected="the file that the plan was compiled from",
                 hint="fiddlerc run PLAN --model DIR --experts FILE.onnx: experts from FILE, everything else from DIR",
             )
-        check_identity(spec, self._model_dir)
+        check_identity(spec, self._checkpoint.model_dir)
         self._checkpoint.check_experts(spec)
         self._names = spec.expert_tensors
 
@@ -114,6 +134,21 @@ class CheckpointWeights(ExpertWeights):
             read_pair(names.gate_bias, names.up_bias, biases[0], biases[1])
             read(names.down_bias, biases[2])
 
+    def order(self, spec: ModelSpec) -> list[tuple[int, int]]:
+        """File by file, each from its beginning to its end."""
+
+        def place(item: tuple[int, int]) -> tuple[Path, int]:
+            patterns = (spec.expert_tensors.gate, spec.expert_tensors.up, spec.expert_tensors.down)
+            infos = [self._checkpoint.tensors[name.format(layer=item[0], expert=item[1])] for name in patterns]
+            return min((info.file, info.offset) for info in infos)
+
+        # Experts that share a tensor have the same place, and stay in their order.
+        return sorted(super().order(spec), key=place)
+
+    def identity(self) -> str:
+        """See `Checkpoint.identity`."""
+        return self._checkpoint.identity()
+
     def _read(self, name: str, index: int, parts: Sequence[torch.Tensor], names: ExpertTensors) -> None:
         """Fills `parts`, which lie in one tensor, of the expert with that index in it."""
         dtype = self._checkpoint.tensors[name].torch_dtype
@@ -123,10 +158,10 @@ class CheckpointWeights(ExpertWeights):
         mixed = names.interleaved and len(parts) == 2
         if dtype == torch.bfloat16 and not turned and not mixed:
             for place, part in enumerate(parts):
-                self._checkpoint.read_part(name, start + place * size, part)
+                self._checkpoint.read_part(name, start + place * size, part, drop=self.drop_behind)
             return
         stored = self._room(dtype, size * len(parts))
-        self._checkpoint.read_part(name, start, stored)
+        self._checkpoint.read_part(name, start, stored, drop=self.drop_behind)
         rows, *columns = parts[0].shape
         matrix = stored.view(*columns, len(parts) * rows).t() if turned else stored.view(len(parts) * rows, *columns)
         for place, part in enumerate(parts):
@@ -153,9 +188,9 @@ class OnnxWeights(CheckpointWeights):
         if not spec.from_onnx:
             raise FiddlerError(
                 f"the plan's model ({spec.name}) is a Hugging Face directory",
-                found=f"the ONNX file {self._model_dir}",
+                found=f"the ONNX file {self._file.model_dir}",
                 expected=f"{spec.name}'s directory",
-                hint=f"compile the file: fiddlerc compile {self._model_dir} --hw HW -o PLAN",
+                hint=f"compile the file: fiddlerc compile {self._file.model_dir} --hw HW -o PLAN",
             )
         self._checkpoint = self._file.renamed(spec)
         self._checkpoint.check_experts(spec)
@@ -171,6 +206,10 @@ class RandomWeights(ExpertWeights):
     def check(self, spec: ModelSpec) -> None:
         """Nothing can be missing."""
 
+    def identity(self) -> str:
+        """The seed, and how numbers are drawn from it."""
+        return f"random {self._seed}, torch {torch.__version__}"
+
     def read(
         self,
         layer: int,
@@ -180,7 +219,9 @@ class RandomWeights(ExpertWeights):
         down: torch.Tensor,
         biases: Sequence[torch.Tensor] = (),
     ) -> None:
-        generator = torch.Generator().manual_seed((self._seed << 32) + (layer << 16) + expert)
+        # Hashed, because torch takes the lower 32 bits of a seed only.
+        digest = hashlib.sha256(f"{self._seed} {layer} {expert}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
         for out in (gate, up, down):
             out.normal_(0.0, float(out.shape[1]) ** -0.5, generator=generator)
         for out in biases:

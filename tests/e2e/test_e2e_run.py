@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,36 @@ def test_explaining_tells_what_was_predicted_and_measured(plan: Path, capsys: py
     assert [line.split(":")[0] for line in lines if line.startswith(("prefill:", "decode:"))] == ["prefill", "decode"]
     whole = [line.split() for line in lines if line.startswith("    all        slower lane")]
     assert len(whole) == 2 and all(float(number) > 0 for line in whole for number in line[-3:])
+
+
+def test_packing_ahead_and_running_from_the_cache(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack = ["pack", str(plan), "--model", str(DEMO), "--packed-cache", str(tmp_path), "--json"]
+    assert run_command_line([*pack, "--verify"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["written_bytes"] == first["total_bytes"] > 0
+    assert first["verify_s"] > 0
+    assert Path(first["path"]).parent == tmp_path
+    text = generate(plan, capsys)["text"]
+    assert generate(plan, capsys, "--packed-cache", str(tmp_path))["text"] == text
+    assert run_command_line(pack) == 0
+    assert json.loads(capsys.readouterr().out)["written_bytes"] == 0
+
+
+def test_a_packed_cache_beside_the_model(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    arguments = ["--model", str(model), "--prompt", PROMPT, "--max-new-tokens", "4", "--json", "--packed-cache"]
+    assert run_command_line(["run", str(plan), *arguments]) == 0
+    assert len(list((model / "fiddler-packed").rglob("layer-*.safetensors"))) == 6
+    assert run_command_line(["verify", str(plan), "--model", str(model)]) == 0
+
+
+def test_a_trace_through_the_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["trace", str(DEMO), "--text", str(DEMO / "heldout-chat.txt"), "--max-tokens", "512"]
+    arguments += ["-o", str(tmp_path / "t.safetensors"), "--packed-cache", str(tmp_path), "--json"]
+    assert run_command_line(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["decode_choices"] == 384 * 6 * 2
 
 
 def test_bench_compares_all_scenarios(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:

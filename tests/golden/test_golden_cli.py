@@ -21,7 +21,9 @@ from fiddlerc.cli import run_command_line
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "tiny-mixtral"
 CATALOG = ROOT / "fiddlerc" / "hardware" / "catalog"
-COMMANDS = ("compile", "export-onnx", "predict", "calibrate", "trace", "inspect", "verify", "run", "bench", "doctor")
+COMMANDS = (
+    *("compile", "export-onnx", "predict", "calibrate", "trace", "inspect", "verify", "run", "bench", "pack", "doctor"),
+)
 Golden = Callable[[str, str], None]
 
 
@@ -204,6 +206,27 @@ def test_a_plan_for_an_instruction_set_that_this_cpu_lacks(
     path = compiled(tmp_path, isas=("avx512_bf16",))
     assert run_command_line(["verify", str(path)]) == 1
     golden("errors/isa-this-cpu-lacks.txt", capsys.readouterr().err.replace(str(tmp_path), "TMP"))
+
+
+@pytest.mark.parametrize("option", [[], ["--packed-cache", "cache"]], ids=["memory", "memory-with-packed-cache"])
+def test_a_model_that_does_not_fit(
+    option: list[str],
+    tmp_path: Path,
+    golden: Golden,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fiddler_runtime import preflight
+
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 5 << 20 if option else 10 << 20)
+    monkeypatch.setattr(preflight.PackedCache, "free_bytes", lambda self: 1 << 30)
+    monkeypatch.chdir(tmp_path)
+    path = plan(tmp_path)
+    capsys.readouterr()
+    assert run_command_line(["run", str(path), "--model", str(DEMO), "--prompt", "a", "--device", "none", *option]) == 1
+    text = "".join(f"{line}\n" for line in capsys.readouterr().err.splitlines() if not line.startswith("warning"))
+    golden(f"errors/{'memory-with-packed-cache' if option else 'memory'}.txt", text)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_no_compiler(

@@ -12,6 +12,7 @@ import pytest
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import (
     KNOWN_ISAS,
+    available_bytes,
     core_cpus,
     cpu_flags,
     cpu_isas,
@@ -170,6 +171,43 @@ def test_a_container_limits_the_cores(tmp_path: Path, files: dict[str, str], cor
 )
 def test_a_container_limits_the_memory(tmp_path: Path, files: dict[str, str], expected: int) -> None:
     assert memory_bytes(tree(tmp_path, BASE, files=files)) == expected
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8000 * 1024),
+        (
+            {
+                "proc/self/cgroup": "0::/job/step\n",
+                "sys/fs/cgroup/job/memory.max": "5000000\n",
+                "sys/fs/cgroup/job/memory.current": "3000000\n",
+                "sys/fs/cgroup/job/memory.stat": "anon 1\ninactive_file 500000\n",
+                "sys/fs/cgroup/job/step/memory.max": "max\n",
+                "sys/fs/cgroup/job/step/memory.current": "3000000\n",
+            },
+            2_500_000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/job\n",
+                "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "4000000\n",
+                "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "4500000\n",
+            },
+            0,
+        ),
+    ],
+    ids=["system", "cgroup of an ancestor", "cgroup v1 that is full"],
+)
+def test_what_is_free_counts_control_groups(tmp_path: Path, files: dict[str, str], expected: int) -> None:
+    assert available_bytes(tree(tmp_path, BASE, files={**MEMINFO, **files})) == expected
+
+
+def test_free_memory_here() -> None:
+    assert 0 < available_bytes() < memory_bytes()
 
 
 def test_the_record(tmp_path: Path) -> None:

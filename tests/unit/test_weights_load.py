@@ -10,51 +10,16 @@ from pathlib import Path
 import pytest
 import runtime_samples
 import torch
-from safetensors.torch import save_file
+from runtime_samples import checkpoint_tensors, matrices, write_checkpoint
 
-from fiddler_runtime import arena
+from fiddler_runtime import arena, preflight
 from fiddler_runtime.engine import Engine
 from fiddler_runtime.errors import FiddlerError
-from fiddler_runtime.plan import ModelSpec, Plan
+from fiddler_runtime.plan import Plan
 from fiddler_runtime.text import format_bytes
 from fiddler_runtime.weights import ExpertWeights
 
 SPEC = runtime_samples.small_spec()
-Tensors = dict[str, torch.Tensor]
-
-
-def checkpoint_tensors(spec: ModelSpec, dtype: torch.dtype = torch.bfloat16) -> Tensors:
-    generator = torch.Generator().manual_seed(2)
-    names = spec.expert_tensors
-    wide = (spec.intermediate_size, spec.hidden_size)
-    return {
-        pattern.format(layer=layer, expert=expert): torch.randn(shape, generator=generator).to(dtype) / 8
-        for layer in spec.moe_layers
-        for expert in range(spec.num_experts)
-        for pattern, shape in ((names.gate, wide), (names.up, wide), (names.down, wide[::-1]))
-    }
-
-
-def write_checkpoint(folder: Path, spec: ModelSpec, tensors: Tensors, shards: int = 1) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(spec.identity))
-    names = list(tensors)
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
-        return folder
-    weight_map = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        part = names[shard::shards]
-        save_file({name: tensors[name] for name in part}, folder / file)
-        weight_map.update(dict.fromkeys(part, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
-
-
-def matrices(tensors: Tensors, spec: ModelSpec, layer: int, expert: int) -> list[torch.Tensor]:
-    names = spec.expert_tensors
-    return [tensors[p.format(layer=layer, expert=expert)] for p in (names.gate, names.up, names.down)]
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +46,9 @@ def test_every_expert_arrives_where_the_plan_wants_it(plan: Plan, tmp_path: Path
                     gate, up, down = (torch.empty_like(m) for m in expected)
                     engine._kernels.unpack(engine._store.packed[row][expert], gate, up, down)
                 assert all(torch.equal(a, b) for a, b in zip(expected, (gate, up, down), strict=True))
-    total = resident.size
-    assert [event for event in seen if event[0] == "loading experts"] == [
-        ("loading experts", done, total) for done in range(total + 1)
+    total = resident.size * SPEC.expert_bytes
+    assert [event for event in seen if event[0] == "loading experts (bytes)"] == [
+        ("loading experts (bytes)", done, total) for done in range(0, total + 1, SPEC.expert_bytes)
     ]
 
 
@@ -134,14 +99,17 @@ def test_tensors_in_memory_are_checked(plan: Plan):
 
 
 def test_too_little_memory_is_told_before_any_work(plan: Plan, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(arena, "available_bytes", lambda: 100_000)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 100_000)
 
     class Untouched(type(ExpertWeights.random())):  # type: ignore[misc]
         def read(self, *args: object) -> None:
             pytest.fail("weights were read though they do not fit")
 
-    with pytest.raises(FiddlerError, match=r"not enough memory for the 12 experts of small: found 97.7 KiB available"):
+    with pytest.raises(FiddlerError, match=r"not enough host memory for small: found 97.7 KiB free, expected ") as told:
         Engine(plan, Untouched(0))
+    for item in ("4 resident experts", "8 packed experts", "2 experts while they are read", "staging"):
+        assert item in str(told.value.expected)
+    assert "packed_cache=True" in str(told.value.hint)
 
 
 def test_arena_memory_is_zeroed_aligned_and_counted():
@@ -149,7 +117,6 @@ def test_arena_memory_is_zeroed_aligned_and_counted():
     assert tensor.numel() == 1 << 19
     assert tensor.data_ptr() % 4096 == 0
     assert not tensor.any()
-    assert 0 < arena.available_bytes() < 1 << 50
     assert [format_bytes(n) for n in (12, 1536, 3 << 30, 5 << 40)] == [
         "12 B",
         "1.5 KiB",

@@ -191,7 +191,7 @@ def with_cache(spec: ModelSpec, source: str, kv_bytes_per_token: int | None) -> 
         raise FiddlerError(
             "--kv-bytes is for ONNX files", found=f"the model {source}", expected="no --kv-bytes: its size is known"
         )
-    if spec.from_onnx and not spec.kv_bytes_per_token:
+    if spec.from_onnx and not spec.cache_bytes(1):
         raise FiddlerError(
             f"{source} does not tell how large the KV cache is",
             found="no inputs past_key_values.* of fixed heads and sizes",

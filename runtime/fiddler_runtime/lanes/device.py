@@ -67,12 +67,11 @@ class Device(ABC):
     def synchronize(self) -> None:
         """Waits until both queues are empty. Raises what the last copy raised."""
 
-    @abstractmethod
-    def free_bytes(self) -> int | None:
-        """Memory of the device that is free, or None if it is the host's."""
+    def pin(self, tensor: torch.Tensor, *, mapped: bool = False) -> Callable[[], None]:
+        """Makes host memory fast to copy from, where that means something; returns what undoes it.
 
-    def pin(self, tensor: torch.Tensor) -> Callable[[], None]:
-        """Makes host memory fast to copy from, where that means something; returns what undoes it."""
+        mapped  the tensor is a file, mapped read-only
+        """
         return _nothing
 
     @abstractmethod
@@ -141,9 +140,6 @@ class SimulatedDevice(Device):
         self._compute.submit(_nothing).result()
         if self._last_copy is not None:
             self._last_copy.result()
-
-    def free_bytes(self) -> int | None:
-        return None
 
     def close(self) -> None:
         self._compute.close()
@@ -215,10 +211,10 @@ class CudaDevice(Device):
         self._copies.synchronize()
         self._compute.synchronize()
 
-    def free_bytes(self) -> int | None:
-        return int(torch.cuda.mem_get_info(self.torch_device)[0])
-
-    def pin(self, tensor: torch.Tensor) -> Callable[[], None]:
+    def pin(self, tensor: torch.Tensor, *, mapped: bool = False) -> Callable[[], None]:
+        if mapped:
+            # Pinning would read the whole file into memory at once, and keep it there.
+            return _nothing
         # Not pin_memory(): torch's allocator rounds up to a power of two, nearly doubling a large arena.
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         address = tensor.data_ptr()
@@ -264,9 +260,6 @@ class NoDevice(Device):
 
     def synchronize(self) -> None:
         """There is nothing to wait for."""
-
-    def free_bytes(self) -> int | None:
-        return None
 
     def close(self) -> None:
         """There is nothing to end."""
