@@ -95,7 +95,7 @@ typedef struct fdl_expert {
   uint16_t* down_bias;
 } fdl_expert;
 
-/* To the packed layout (docs/kernels.md), and back. */
+/* To the packed layout (docs/kernels.md), 64-byte aligned, and back. */
 int32_t fdl_pack(fdl_kernels*, const fdl_expert* expert, uint16_t* packed);
 int32_t fdl_unpack(fdl_kernels*, const uint16_t* packed, const fdl_expert* expert);
 

@@ -136,7 +136,8 @@ void fdl_close(fdl_kernels* kernels) {
 const char* fdl_isa(const fdl_kernels* kernels) { return kernels ? kernels->variant.isa : ""; }
 
 int32_t fdl_pack(fdl_kernels* kernels, const fdl_expert* expert, uint16_t* packed) {
-  if (!kernels || !expert || !fdl::valid(*expert) || !packed) return FDL_E_ARGUMENT;
+  if (!kernels || !expert || !fdl::valid(*expert) || !packed || reinterpret_cast<uintptr_t>(packed) % 64 != 0)
+    return FDL_E_ARGUMENT;
   return fdl::guarded(kernels, [&] {
     return fdl::parallel_for(kernels->pool, {fdl::kGateUpBlocks, fdl::kDownBlocks}, [&](int64_t block) {
       const uint16_t* rows[fdl::kLanes];
