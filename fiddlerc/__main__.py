@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 
 def main() -> None:
     """Runs the command line; exits with its status."""
-    # torch's threads (GNU OpenMP) otherwise spin for milliseconds after every operator, on the CPUs that our lanes want
-    # (docs/kernels.md, threads). Read when torch is loaded. A choice of the user's stands.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         from .cli import run_command_line
     except ModuleNotFoundError as error:

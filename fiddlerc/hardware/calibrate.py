@@ -109,18 +109,18 @@ def measure(
     with open_device(machine.accelerator.kind) as device:
         where = device.torch_device
         first = next(iter(kernels_by_shape.values()))
-        with first.open(None, threads) as kernels:
+        with first.open(None, threads, beside_torch=device.kind == "none") as kernels:
             regimes = session.watch_memory(kernels)
         limits = _limits(first, threads, device, cache, regimes, quick)
         session.step("limits")
         copied: set[int] = set()
         for shape, library in kernels_by_shape.items():
             rotated = min(cache, (rotate_bytes or {}).get(shape, cache))
-            with library.open(None, threads) as kernels:
+            with library.open(None, threads, beside_torch=device.kind == "none") as kernels:
                 session.watch(kernels)
                 # Weights that lie in a cache are read at the same rate whatever the memory does.
                 session.kernels = kernels if rotated > machine.l3_bytes else None
-                cpu = CpuExpert(kernels, _copies(shape, rotated, machine))
+                cpu = CpuExpert(kernels, _copies(shape, rotated, machine), limits.cpu_entry_us)
                 if device.kind == "none":
                     samples += session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa, where)[1]
                     session.kernels = None
@@ -132,13 +132,15 @@ def measure(
                 )
                 busy = device.kind == "simulated"
                 shared = busy and rotated > machine.l3_bytes
+                each = busy and not shared
                 with beside(gpu.timed(1) if shared else None):
-                    tokens, measured = session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa, where)
+                    timed = partial(gpu.meanwhile, cpu.timed) if each else cpu.timed
+                    tokens, measured = session.experts("cpu_expert", shape, timed, threads, kernels.isa, where)
                     samples += measured
                     samples += _contention(session, device, shape, cpu.timed, cache, tokens, kernels)
                 session.kernels = None
                 with beside(cpu.timed(1) if shared else None):
-                    once = cpu.timed if busy and not shared else None
+                    once = cpu.timed if each else None
                     samples += session.experts(
                         "gpu_expert", shape, partial(gpu.timed, meanwhile=once), 1, "torch", where
                     )[1]
@@ -148,7 +150,7 @@ def measure(
                     beside(gpu.timed(_BUSY_TOKENS) if busy else None),
                 ):
                     samples += _copy_samples(session, device, shape, rotated, copied)
-                del cpu, gpu, once
+                del cpu, gpu, once, timed
     if session.disturbed:
         source += f"; other load disturbed {session.disturbed} of {session.points} points"
     return Calibration(SCHEMA, name, "measured", source, machine, limits, tuple(samples), ())
@@ -265,7 +267,7 @@ def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, re
     """The machine's ceilings. Each is the best of several probes: what it can do, not what it did on average."""
     probes = 5 if quick else 20
     buffer = torch.ones(max(cache, 128 * _MIB) // 2, dtype=torch.bfloat16)
-    with library.open(None, threads) as kernels:
+    with library.open(None, threads, beside_torch=device.kind == "none") as kernels:
         read = regimes.fast_gbps, regimes.slow_gbps, regimes.slow_share
         peak = max(kernels.peak_gflops(4 * _PROBE_MS) for _ in range(probes))
         hidden = library.spec.hidden_size

@@ -25,6 +25,8 @@ from .sampling import Timed
 _BF16 = torch.bfloat16
 _ATTENTION_S = 3e-4  # about a layer's attention of a small model
 _ATTENTION_BYTES = 8 << 20
+_TOGETHER = 4  # experts of a layer, where a single one is small for all threads:
+_SMALL_BYTES = 16 << 20
 
 
 def random_weights(nbytes: int) -> torch.Tensor:
@@ -38,29 +40,40 @@ def random_weights(nbytes: int) -> torch.Tensor:
 
 
 class CpuExpert:
-    """One expert in the CPU lane: kernels.moe with a single expert that every token chose."""
+    """One expert in the CPU lane: its share of kernels.moe with a few that every token chose.
 
-    def __init__(self, kernels: Kernels, copies: int) -> None:
+    Experts of one layer share threads: several small ones keep them busy where one does not, and layers have several.
+    entry_us  of the lane, which a layer pays once
+    """
+
+    def __init__(self, kernels: Kernels, copies: int, entry_us: float = 0.0) -> None:
         self._kernels = kernels
+        self._entry_us = entry_us
         self._hidden_size = kernels.library.spec.hidden_size
         nbytes = kernels.library.packed_bytes
         self._weights = random_weights(copies * nbytes)
-        start = self._weights.data_ptr()
-        self._pointers = [make_pointers([start + index * nbytes]) for index in range(copies)]
+        addresses = [self._weights.data_ptr() + index * nbytes for index in range(copies)]
+        self._experts = _TOGETHER if nbytes <= _SMALL_BYTES else 1
+        groups = range(0, max(1, copies - self._experts + 1), self._experts)
+        self._pointers = [
+            make_pointers([addresses[(first + i) % copies] for i in range(self._experts)]) for first in groups
+        ]
 
     def timed(self, tokens: int) -> Timed:
-        """One call with that many tokens; microseconds, the lane's entry included."""
+        """One expert with that many tokens; microseconds, the lane's entry included."""
+        count, entry_us = self._experts, self._entry_us
         hidden = torch.randn(tokens, self._hidden_size).to(_BF16)
-        ids = torch.zeros(tokens, 1, dtype=torch.int64)
-        weights = torch.ones(tokens, 1)
+        ids = torch.arange(count).repeat(tokens, 1)
+        weights = torch.ones(tokens, count)
         out = torch.zeros(tokens, self._hidden_size)
-        moe, pointers, strategy = self._kernels.moe, self._pointers, np.full(1, CPU, np.uint8)
+        moe, pointers, strategy = self._kernels.moe, self._pointers, np.full(count, CPU, np.uint8)
 
         def call(index: int) -> float:
             experts = pointers[index % len(pointers)]
             started = time.perf_counter_ns()
             moe(hidden, ids, weights, experts, out, strategy)
-            return (time.perf_counter_ns() - started) / 1e3
+            us = (time.perf_counter_ns() - started) / 1e3
+            return us if count == 1 else entry_us + max(0.0, us - entry_us) / count
 
         return call
 
@@ -69,7 +82,7 @@ class CpuExpert:
         hidden = torch.zeros(1, self._hidden_size, dtype=_BF16)
         ids = torch.full((1, 1), -1, dtype=torch.int64)
         weights, out = torch.ones(1, 1), torch.zeros(1, self._hidden_size)
-        strategy = np.full(1, CPU, np.uint8)
+        strategy = np.full(self._experts, CPU, np.uint8)
 
         def call(index: int) -> float:
             started = time.perf_counter_ns()
@@ -99,7 +112,30 @@ class AcceleratorExpert:
 
         Meanwhile the calling thread does something else with as many, as it has the CPU lane's work in a layer.
         """
-        other = None if meanwhile is None else meanwhile(tokens)
+        run, other = self._repetition(tokens), None if meanwhile is None else meanwhile(tokens)
+
+        def call(index: int) -> float:
+            future = self._device.submit(run, index)
+            if other is not None:
+                other(index)
+            return self._device.join(future)
+
+        return call
+
+    def meanwhile(self, timed: Callable[[int], Timed], tokens: int) -> Timed:
+        """What the calling thread does with so many tokens while this expert works on as many."""
+        run, other = self._repetition(tokens), timed(tokens)
+
+        def call(index: int) -> float:
+            future = self._device.submit(run, index)
+            us = other(index)
+            self._device.join(future)
+            return us
+
+        return call
+
+    def _repetition(self, tokens: int) -> Timed:
+        """On the compute queue."""
         where = self._device.torch_device
         hidden = torch.randn(tokens, self._hidden_size).to(_BF16).to(where)
         rows = torch.arange(tokens, device=where)
@@ -115,13 +151,7 @@ class AcceleratorExpert:
             settle(self._device)
             return (time.perf_counter_ns() - started) / 1e3 / self._batch
 
-        def call(index: int) -> float:
-            future = self._device.submit(run, index)
-            if other is not None:
-                other(index)
-            return self._device.join(future)
-
-        return call
+        return run
 
 
 class Copies:

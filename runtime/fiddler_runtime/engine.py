@@ -25,7 +25,7 @@ from .lanes.device import Device, open_device
 from .lanes.routing import route
 from .lanes.streamed import StreamedLane
 from .loading import load_plan, open_library
-from .machine import cpu_lane_threads, usable_cores
+from .machine import cpu_lane_threads, lane_cpus, usable_cores
 from .makespan import CPU, RESIDENT, SPLIT, STREAMED
 from .packed_cache import PackedCache
 from .plan import Plan
@@ -87,7 +87,9 @@ class Engine:
         self._library = open_library(self.plan, progress=progress)
         self._device = open_device(setup.kind)
         try:
-            self._kernels = self._library.open(isa, _cpu_threads(threads, self._device))
+            count = _cpu_threads(threads, self._device)
+            beside_torch = self._device.kind == "none"
+            self._kernels = self._library.open(isa, count, cpus=lane_cpus(count), beside_torch=beside_torch)
             try:
                 self._store = place(
                     self.spec,
@@ -210,8 +212,10 @@ class Engine:
         finally:
             # Also after an error: the queue must be done with this call's tensors.
             if future is not None:
+                came = time.perf_counter_ns()
                 theirs, done = self._lanes.join(future)
-                accelerator_us = (done - handed) / 1e3
+                # A caller that had to wait is woken up again: that is the lane's time too, as in its calibration.
+                accelerator_us = ((time.perf_counter_ns() if done > came else done) - handed) / 1e3
         if future is not None:
             out = theirs if out is None else theirs.add_(out.to(theirs.device))
         assert out is not None
@@ -264,6 +268,7 @@ class Engine:
             "isa": self._kernels.isa,
             "kernel": symbols[self._kernels.isa],
             "threads": self._kernels.threads,
+            "whose_threads": self._kernels.whose_threads,
             "library": str(self._library.path),
             "resident_experts": sum(len(row) for row in self._store.resident),
             "total_experts": len(self._rows) * self.spec.num_experts,

@@ -24,6 +24,7 @@ import torch
 
 from .errors import FiddlerError
 from .machine import KNOWN_ISAS, missing_flags, usable_cores
+from .openmp import TeamStruct, torch_team
 from .plan import ABI_VERSION, KernelSpec
 
 _OK = 0
@@ -117,12 +118,20 @@ class KernelLibrary:
         """Whether `isa` is built in and this CPU and operating system permit it."""
         return bool(self._native.fdl_isa_usable(isa.encode()))
 
-    def open(self, isa: str | None = None, threads: int | None = None, *, cpus: Sequence[int] | None = None) -> Kernels:
+    def open(
+        self,
+        isa: str | None = None,
+        threads: int | None = None,
+        *,
+        cpus: Sequence[int] | None = None,
+        beside_torch: bool = False,
+    ) -> Kernels:
         """Starts a variant with its thread pool.
 
         isa      None for the best usable one; it is never replaced by another
         threads  counting the caller; None is one per usable core
         cpus     pins worker i to cpus[i] (the caller, worker 0, is left alone); None pins nothing
+        beside_torch  torch computes on the CPU in turns with these kernels: they run on its threads if they can
         Raises FiddlerError if the instruction set cannot be used here or a thread cannot be started.
         """
         if isa is not None and not self.usable(isa):
@@ -137,9 +146,11 @@ class KernelLibrary:
                     "cannot pin the kernel's threads", found=f"{len(cpus)} CPUs", expected=f"{count}, one per thread"
                 )
             pinned = (c_int32 * count)(*cpus)
+        team = torch_team(count) if beside_torch else None
         handle = c_void_p()
-        self.check(self._native.fdl_open(isa.encode() if isa else None, count, pinned, byref(handle)), "open kernels")
-        return Kernels(self, handle, count)
+        status = self._native.fdl_open(isa.encode() if isa else None, count, pinned, team, byref(handle))
+        self.check(status, "open kernels")
+        return Kernels(self, handle, count, "torch's" if team else "own")
 
     def check(self, status: int, what: str) -> None:
         """Raises FiddlerError for a status of the C interface other than FDL_OK."""
@@ -179,9 +190,10 @@ class Kernels:
     Every method raises FiddlerError if a tensor's dtype, shape or memory layout is not what its docstring says.
     """
 
-    def __init__(self, library: KernelLibrary, handle: c_void_p, threads: int) -> None:
+    def __init__(self, library: KernelLibrary, handle: c_void_p, threads: int, whose_threads: str) -> None:
         self.library = library
         self.threads = threads
+        self.whose_threads = whose_threads
         self._handle: c_void_p | None = handle
         self._native = library.native
         self._moe = library.native.fdl_moe
@@ -405,7 +417,7 @@ def _declare(native: Any) -> None:
         "fdl_error_text": (c_char_p, (c_int32,)),
         "fdl_packed_bytes": (c_int64, ()),
         "fdl_isa_usable": (c_int32, (c_char_p,)),
-        "fdl_open": (c_int32, (c_char_p, c_int32, POINTER(c_int32), POINTER(c_void_p))),
+        "fdl_open": (c_int32, (c_char_p, c_int32, POINTER(c_int32), POINTER(TeamStruct), POINTER(c_void_p))),
         "fdl_close": (None, (c_void_p,)),
         "fdl_isa": (c_char_p, (c_void_p,)),
         "fdl_pack": (c_int32, (c_void_p, POINTER(_Expert), c_void_p)),

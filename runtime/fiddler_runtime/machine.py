@@ -171,6 +171,21 @@ def core_cpus(root: Path = Path("/"), affinity: Iterable[int] | None = None) -> 
     return tuple(chosen)
 
 
+def lane_cpus(threads: int, root: Path = Path("/"), affinity: Iterable[int] | None = None) -> tuple[int, ...] | None:
+    """Where to pin the CPU lane's threads: cores of each memory node one after another, equally many of each.
+
+    None on a machine of one node, where the system may move threads as it likes, and if that does not come out even.
+    """
+    nodes: dict[str, list[int]] = {}
+    for cpu in core_cpus(root, affinity):
+        node = next((root / f"sys/devices/system/cpu/cpu{cpu}").glob("node[0-9]*"), None)
+        nodes.setdefault("" if node is None else node.name, []).append(cpu)
+    each = threads // len(nodes)
+    if len(nodes) < 2 or each * len(nodes) != threads or any(len(cpus) < each for cpus in nodes.values()):
+        return None
+    return tuple(cpu for cpus in nodes.values() for cpu in cpus[:each])
+
+
 def usable_cores(root: Path = Path("/"), affinity: Iterable[int] | None = None) -> int:
     """Physical cores that this process can keep busy: its affinity, one per SMT pair, and a container's CPU quota.
 

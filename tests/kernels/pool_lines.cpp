@@ -100,7 +100,7 @@ int main(int count, char** arguments) {
   const int threads = std::atoi(arguments[1]);
   const int64_t total = std::atoll(arguments[2]);
   fdl::Pool pool(threads);
-  if (!pool.start(nullptr)) return 1;
+  if (!pool.start(nullptr, nullptr)) return 1;
   fdl::Stage stage(pool);
   std::atomic<int64_t> ran{0};
   std::atomic<int> inside{0};

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,18 @@ from kernel_samples import ISAS, library, one_expert, open_isa, random_expert, r
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary, TablesStruct, empty_packed, make_pointers
 from fiddler_runtime.machine import cpu_isas, missing_flags
+from fiddler_runtime.openmp import torch_team
 
 SHAPE = (129, 40)
 LARGE = (256, 1408)  # with some tokens more than one thread is given to itself
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of torch's threads for the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def test_library_says_what_it_is() -> None:
@@ -139,10 +149,11 @@ FORK = """
 import os, sys, torch
 sys.path[:0] = {path!r}
 from kernel_samples import library, one_expert, random_expert
-torch.set_num_threads(1)  # threads of GNU OpenMP, which torch uses, do not survive a fork
 expert = random_expert((256, 1408), torch.Generator().manual_seed(1))
 hidden = torch.ones(50, 256).bfloat16()
-kernels = library(256, 1408).open(threads=3)
+torch.set_num_threads(3)
+kernels = library(256, 1408).open(threads=3, beside_torch={beside_torch})
+torch.set_num_threads(1)  # threads of GNU OpenMP, which torch uses, do not survive a fork
 expected = one_expert(kernels, expert, hidden)
 child = os.fork()
 if child == 0:
@@ -156,11 +167,32 @@ kernels.close()
 
 
 @pytest.mark.slow
-def test_a_forked_child_computes_the_same() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORK.format(path=sys.path)], capture_output=True, text=True, timeout=100
-    )
+@pytest.mark.parametrize("beside_torch", [False, True])
+def test_a_forked_child_computes_the_same(beside_torch: bool) -> None:
+    script = FORK.format(path=sys.path, beside_torch=beside_torch)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+
+
+def test_torchs_threads_compute_the_same(torch_threads: Callable[[int], None]) -> None:
+    expert = random_expert(LARGE, torch.Generator().manual_seed(1))
+    hidden = torch.randn(40, LARGE[0]).bfloat16()
+    with library(*LARGE).open(threads=1) as kernels:
+        expected = one_expert(kernels, expert, hidden)
+    torch_threads(3)
+    if torch_team(3) is None:
+        pytest.skip("this torch has no OpenMP runtime with the GNU interface")
+    with library(*LARGE).open(threads=3, cpus=(0, 1, 1000), beside_torch=True) as kernels:
+        assert kernels.whose_threads == "torch's"
+        for _ in range(20):
+            assert torch.equal(one_expert(kernels, expert, hidden), expected)
+
+
+def test_another_number_of_threads_than_torchs_needs_threads_of_our_own(torch_threads: Callable[[int], None]) -> None:
+    torch_threads(2)
+    for threads in (1, 3):
+        with library(*SHAPE).open(threads=threads, beside_torch=True) as kernels:
+            assert kernels.whose_threads == "own"
 
 
 def test_pinned_threads_work_even_outside_the_affinity() -> None:

@@ -94,7 +94,7 @@ int main() {
     }
     fdl_kernels* one = nullptr;
     fdl_kernels* other = nullptr;
-    require(fdl_open(isa, 3, nullptr, &one) == FDL_OK && fdl_open(isa, 2, nullptr, &other) == FDL_OK, "open");
+    require(fdl_open(isa, 3, nullptr, nullptr, &one) == FDL_OK && fdl_open(isa, 2, nullptr, nullptr, &other) == FDL_OK, "open");
     // Two engines beside each other, and two callers of the same one.
     std::thread first([&] { layers(one, 1); }), second([&] { layers(other, 2); });
     layers(one, 3);

@@ -77,7 +77,7 @@ class MoeLayer {
       return FDL_OK;
     }
     sort_rows(call);
-    const bool alone = active_ * kPackedBytes + rows_ * kRowCost < kAloneCost;
+    const bool alone = active_ * kPackedBytes + rows_ * kRowCost < (pool_.beside_torch() ? kAloneOnTeam : kAloneCost);
     deal(call, alone ? 1 : pool_.threads());
     if (filling_.total() == 0)
       for (int64_t i = 0; i < tiles_; ++i) fill(call, i);
@@ -106,10 +106,11 @@ class MoeLayer {
   static constexpr int64_t kSerialElements = 32768;
   // Tokens added up by one task.
   static constexpr int64_t kTokenStep = 16;
-  // A layer that reads fewer bytes of weights than this takes one thread some 50 us from memory, less from the cache. Another
-  // thread has to wake first, and may find its CPU taken by a thread of torch's that spins after a parallel region. Computing
-  // on a row takes time as well: about that of reading a 32nd of the weights.
+  // A layer that reads fewer bytes of weights than this takes one thread some 50 us from memory, less from the cache; another
+  // thread has to wake first. One of torch's is awake. Computing on a row takes time as well: about that of reading a 32nd of
+  // the weights.
   static constexpr int64_t kAloneCost = 2 * 1024 * 1024;
+  static constexpr int64_t kAloneOnTeam = kAloneCost / 8;
   static constexpr int64_t kRowCost = kPackedBytes / 32;
   // Weights of one task, about: what a thread streams in some microseconds.
   static constexpr int64_t kTaskBytes = 96 * 1024;

@@ -112,14 +112,14 @@ int64_t fdl_packed_bytes(void) { return fdl::kPackedBytes; }
 
 int32_t fdl_isa_usable(const char* isa) { return isa && fdl::find_variant(isa) ? 1 : 0; }
 
-int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, fdl_kernels** out) {
-  if (!out || threads < 1 || threads > fdl::kMostThreads) return FDL_E_ARGUMENT;
+int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, const fdl_team* team, fdl_kernels** out) {
+  if ((team && (!team->parallel || !team->thread_num)) || !out || threads < 1 || threads > fdl::kMostThreads) return FDL_E_ARGUMENT;
   *out = nullptr;
   const fdl::Variant* variant = fdl::find_variant(isa);
   if (!variant) return FDL_E_ISA;
   try {
     auto kernels = std::make_unique<fdl_kernels>(*variant, threads);
-    if (!kernels->pool.start(cpus)) return FDL_E_THREAD;
+    if (!kernels->pool.start(cpus, team)) return FDL_E_THREAD;
     *out = kernels.release();
     return FDL_OK;
   } catch (const std::bad_alloc&) {

@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FDL_ABI_VERSION 3
+#define FDL_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -78,9 +78,16 @@ const char* fdl_error_text(int32_t status);
 int64_t fdl_packed_bytes(void);         /* of one expert, a multiple of 64 */
 int32_t fdl_isa_usable(const char* isa); /* 1 if built in and permitted by CPU and operating system */
 
+/* Threads that are there already, those of the OpenMP runtime that other parts of the process use. parallel calls fn(data) on
+ * so many threads, the caller among them, and returns when all have returned; thread_num tells each its number, 0 the caller. */
+typedef struct fdl_team {
+  void (*parallel)(void (*fn)(void*), void* data, unsigned threads, unsigned flags); /* GOMP_parallel */
+  int (*thread_num)(void);                                                           /* omp_get_thread_num */
+} fdl_team;
+
 /* isa: NULL for the best usable. threads >= 1 counts the caller. Workers are pinned to cpus[1 .. threads-1]
- * when cpus is not NULL. */
-int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, fdl_kernels** out);
+ * when cpus is not NULL. team: runs the workers; NULL: threads of the kernels' own do. */
+int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, const fdl_team* team, fdl_kernels** out);
 void fdl_close(fdl_kernels*);
 const char* fdl_isa(const fdl_kernels*);
 

@@ -3,6 +3,9 @@
 // The caller of run() is worker 0. The others join a region if they wake in time: work is handed out as tasks (stage.hpp), so a
 // thread that the system runs late delays nobody. Nothing here allocates after construction. After a fork the child starts threads
 // of its own at its next region.
+//
+// Or the regions run on a team that is there already: torch's OpenMP threads spin for milliseconds after each of torch's regions,
+// on the CPUs that threads of our own would need, and begin a region of ours at once.
 #pragma once
 
 #include <linux/futex.h>
@@ -18,6 +21,7 @@
 #include <memory>
 #include <new>
 
+#include "abi.h"
 #include "cpu.hpp"
 
 namespace fdl {
@@ -83,11 +87,14 @@ class Pool {
   ~Pool() { stop(); }
 
   int threads() const { return threads_; }
+  // Whether regions run on the team given at the start.
+  bool beside_torch() const { return team_.parallel != nullptr; }
   // Memory nodes that the threads are spread over: thread t is on node t * nodes() / threads().
   int nodes() const { return nodes_; }
 
-  // Starts the workers, pinned to cpus[1 ..] unless null. False if a thread could not be started; then none runs.
-  bool start(const int32_t* cpus) {
+  // Starts the workers, or takes the team's, pinned to cpus[1 ..] unless null. False if a thread could not be started; then
+  // none runs.
+  bool start(const int32_t* cpus, const fdl_team* team) {
     workers_.reset(new (std::nothrow) Worker[threads_]);
     gates_.reset(new (std::nothrow) Gate[divide_up(threads_, kGroup)]);
     if (!workers_ || !gates_) return false;
@@ -97,16 +104,32 @@ class Pool {
       workers_[i].cpu = cpus ? cpus[i] : -1;
     }
     nodes_ = cpus ? nodes_of(cpus, threads_) : 1;
-    return launch();
+    process_ = getpid();
+    if (!team) return launch();
+    team_ = *team;
+    if (cpus) {
+      auto pin_worker = [&](int worker) { pin(workers_[worker]); };
+      run(pin_worker);
+    }
+    return true;
   }
 
   // Calls job(0) here and job(i) on the workers that come before it has returned; returns when all that came are done.
   // `job` takes its work from shared counters and must not throw. One caller at a time.
   template <class Job>
   bool run(Job& job) {
-    if (threads_ > 1 && (process_ != getpid() ? !restart_after_fork() : started_ != threads_)) return false;
     if (threads_ == 1) {
       job(0);
+      return true;
+    }
+    if (process_ != getpid() ? !restart_after_fork() : !team_.parallel && started_ != threads_) return false;
+    if (team_.parallel) {
+      struct Region {
+        Job& job;
+        int (*thread_num)();
+      } region{job, team_.thread_num};
+      auto enter = [](void* data) { static_cast<Region*>(data)->job(static_cast<Region*>(data)->thread_num()); };
+      team_.parallel(enter, &region, static_cast<unsigned>(threads_), 0);
       return true;
     }
     call_ = [](void* context, int worker) { (*static_cast<Job*>(context))(worker); };
@@ -153,7 +176,6 @@ class Pool {
   Gate* gates_end() const { return gates_.get() + divide_up(threads_, kGroup); }
 
   bool launch() {
-    process_ = getpid();
     oversubscribed_ = threads_ > usable_cpus();
     for (started_ = 1; started_ < threads_; ++started_) {
       Worker& worker = workers_[started_];
@@ -167,15 +189,19 @@ class Pool {
 
   static void* enter(void* argument) {
     const Worker& worker = *static_cast<Worker*>(argument);
-    if (worker.cpu >= 0) {
-      cpu_set_t set;
-      CPU_ZERO(&set);
-      CPU_SET(static_cast<size_t>(worker.cpu), &set);
-      // A CPU outside this process's affinity is refused; the worker then stays where the system puts it.
-      pthread_setaffinity_np(pthread_self(), sizeof set, &set);
-    }
+    pin(worker);
     worker.pool->serve(worker.index);
     return nullptr;
+  }
+
+  // Called by the worker's thread.
+  static void pin(const Worker& worker) {
+    if (worker.cpu < 0) return;
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(static_cast<size_t>(worker.cpu), &set);
+    // A CPU outside this process's affinity is refused; the worker then stays where the system puts it.
+    pthread_setaffinity_np(pthread_self(), sizeof set, &set);
   }
 
   void serve(int index) {
@@ -201,12 +227,16 @@ class Pool {
   }
 
   // The parent's threads do not exist in a child, and its counters may have been caught in the middle of a region.
+  // Neither does the team in a child of GNU OpenMP's, which would wait for it.
   bool restart_after_fork() {
+    process_ = getpid();
+    team_ = {};
     for (Gate* gate = gates_.get(); gate != gates_end(); ++gate) new (gate) Gate;
     return launch();
   }
 
   const int threads_;
+  fdl_team team_{};
   int nodes_ = 1;
   int started_ = 1;
   pid_t process_ = 0;
