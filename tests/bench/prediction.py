@@ -1,14 +1,16 @@
 """Predicted against measured tokens/s of a model through its plan, on the machine the plan was made for.
 
-    python -m tests.bench.prediction PLAN --model DIR [--trace FILE] [--device none] [--rounds 5] [--json]
+    python -m tests.bench.prediction PLAN --model DIR [--hw HW.json] [--trace FILE] [--device none] [--json]
 
 Compile PLAN from a fresh `fiddlerc calibrate --model DIR`, on an idle machine. The trace should be of text like the
 bench's own (fiddlerc/execution/text.txt); without one, routing is drawn from the plan's popularity. A model of real
 shapes without real weights: python -m tests.bench.random_model mixtral --layers 3 -o DIR.
 
 Decode and beam count the steps after the first token, prefill the time to it; measured figures are medians over rounds
-after a warm-up, with the lowest and highest round. On a machine whose memory has two regimes both predictions are
-printed: a round falls into one of them, or between.
+after a warm-up, with the lowest and highest round. A prediction is of a memory bandwidth, and shared machines' changes.
+With HW.json, from which the plan was compiled, memory is probed before and after each round: a round is held against
+the prediction of the regime whose bandwidth (within a tenth) it had, and left out if it had neither or memory changed
+meanwhile. Without it all count as of the regime seen more.
 """
 
 from __future__ import annotations
@@ -21,28 +23,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fiddler_runtime.machine import this_machine
 from fiddler_runtime.plan import Plan, read_plan
-from fiddlerc import simulate, trace
+from fiddlerc import hardware, simulate, trace
 from fiddlerc.execution.compare import OUR_TEXT, timed
 from fiddlerc.execution.loading import load_model, load_tokenizer, read_text
 from fiddlerc.simulate.predict import plan_setting, predict_policy
 from fiddlerc.simulate.workload import BEAM_INPUT, BEAM_OUTPUT, heldout
 
 REGIMES = ("fast", "slow")
+_PATIENCE = 6  # rounds tried for each one wanted
 
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """One scenario, tokens/s; predicted by regime, fast first."""
+    """One scenario in one regime of the memory, tokens/s."""
 
     scenario: str
-    predicted: dict[str, float]
+    regime: str
+    rounds: int
+    predicted: float
     measured: float
     low: float
     high: float
-    ratio: float
+
+    @property
+    def ratio(self) -> float:
+        return self.predicted / self.measured
 
 
 def main() -> None:
@@ -56,23 +65,25 @@ def main() -> None:
     measured = measure(plan, workload, arguments)
     prevailing = REGIMES[int(np.argmax(plan.tables.regime_shares))]
     results = []
-    for scenario, rates in measured.items():
-        median = statistics.median(rates)
-        forecast = {regime: by_scenario[scenario] for regime, by_scenario in predicted.items()}
-        ratio = forecast[prevailing] / median
-        results.append(Truth(scenario, forecast, median, min(rates), max(rates), ratio))
+    for (scenario, regime), rates in sorted(measured.items()):
+        regime = regime if regime in predicted else prevailing
+        forecast = predicted[regime][scenario]
+        results.append(Truth(scenario, regime, len(rates), forecast, statistics.median(rates), min(rates), max(rates)))
     machine = this_machine()
     if arguments.json:
         value = {"model": spec.name, "device": arguments.device, "machine": dataclasses.asdict(machine)}
-        print(json.dumps({**value, "results": [dataclasses.asdict(result) for result in results]}, indent=1))
+        rows = [{**dataclasses.asdict(result), "ratio": result.ratio} for result in results]
+        print(json.dumps({**value, "results": rows}, indent=1))
         return
     print(f"{spec.name}, device {arguments.device}; {machine.cpu}, {machine.cores} cores, {', '.join(machine.isa)}")
     print(f"plan for {plan.header.hardware.name} ({plan.header.hardware.provenance}): {plan.header.hardware.source}")
-    print(f"{'':8}{'predicted tok/s':>32}{'measured tok/s':>32}{'predicted / measured':>22}")
+    print(f"{'':8}{'memory':>8}{'rounds':>8}{'predicted tok/s':>17}{'measured tok/s':>28}{'predicted / measured':>22}")
     for result in results:
-        forecast_text = ", ".join(f"{rate:.4g} ({regime})" for regime, rate in result.predicted.items())
         spread = f"{result.measured:.4g} ({result.low:.4g}-{result.high:.4g})"
-        print(f"{result.scenario:8}{forecast_text:>32}{spread:>32}{result.ratio:22.3f}")
+        print(
+            f"{result.scenario:8}{result.regime:>8}{result.rounds:8}{result.predicted:17.4g}{spread:>28}"
+            f"{result.ratio:22.3f}"
+        )
 
 
 def predictions(plan: Plan, recorded: Path | None, workload: simulate.Workload) -> dict[str, dict[str, float]]:
@@ -94,8 +105,15 @@ def predictions(plan: Plan, recorded: Path | None, workload: simulate.Workload) 
     return found
 
 
-def measure(plan: Plan, workload: simulate.Workload, arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Tokens/s of each round, by scenario; scenarios take turns."""
+def measure(
+    plan: Plan, workload: simulate.Workload, arguments: argparse.Namespace
+) -> dict[tuple[str, str], list[float]]:
+    """Tokens/s of each round, by scenario and regime; scenarios take turns."""
+    regimes: dict[str, float] | None = None
+    if arguments.hw is not None:
+        limits = hardware.load_hardware(str(arguments.hw)).limits
+        regimes = {"fast": limits.cpu_read_gbps, "slow": limits.cpu_read_slow_gbps}
+    probed = torch.ones(64 << 20, dtype=torch.bfloat16)
     ids = load_tokenizer(arguments.model)(read_text(OUR_TEXT), return_tensors="pt")["input_ids"]
     model: Any = load_model(
         plan.path,
@@ -107,9 +125,16 @@ def measure(plan: Plan, workload: simulate.Workload, arguments: argparse.Namespa
         trust_binaries=False,
         progress=None,
     )
-    rates: dict[str, list[float]] = {"decode": [], "prefill": [], "beam": []}
+    rates: dict[tuple[str, str], list[float]] = {}
+
+    def regime() -> str | None:
+        if regimes is None:
+            return ""
+        gbps = model.fiddler._kernels.read_gbps(probed)
+        return next((name for name, known in regimes.items() if abs(gbps - known) <= 0.1 * known), None)
+
     try:
-        for turn in range(1 + arguments.rounds):
+        for turn in range(1 + (1 if regimes is None else _PATIENCE) * arguments.rounds):
             for scenario, (prompt, new, beams) in {
                 "decode": (workload.input_tokens, workload.output_tokens, 1),
                 "prefill": (workload.prefill_tokens, 1, 1),
@@ -117,10 +142,13 @@ def measure(plan: Plan, workload: simulate.Workload, arguments: argparse.Namespa
             }.items():
                 inputs = ids[:, :prompt].to(model.device)
                 assert inputs.shape[1] == prompt, "the text is too short for the prompt"
+                before = regime()
                 timing = timed(model, inputs, new, beams).timing(prompt)
                 rate = prompt / timing.ttft_s if scenario == "prefill" else timing.decode_tokens_per_s
-                if turn:  # the first is the warm-up
-                    rates[scenario].append(rate)
+                if turn and before is not None and before == regime():  # the first is the warm-up
+                    rates.setdefault((scenario, before), []).append(rate)
+            if rates and min(map(len, rates.values())) >= arguments.rounds:
+                break
     finally:
         model.fiddler.close()
     return rates
@@ -130,6 +158,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
     parser.add_argument("--model", type=Path, required=True, help="the model's directory, with weights")
+    parser.add_argument("--hw", type=Path, help="the calibration that the plan was compiled from")
     parser.add_argument("--trace", type=Path, help="its trace")
     parser.add_argument("--device", choices=("auto", "cuda", "simulated", "none"), default="none")
     parser.add_argument("--prefill-tokens", type=int, default=512)
