@@ -78,10 +78,10 @@ def write_sample_plan(
     speed_up: float = 1.0,
     copy: float = 25.0,
 ) -> Plan:
-    """A plan whose CPU takes `us` a token, its accelerator `speed_up` times less, and a copy of an expert `copy` times `us`.
+    """A plan whose CPU takes `us` a token, its accelerator `speed_up` times less, copying an expert `copy` times `us`.
 
-    So few tokens are computed on the CPU, and many are parted between all three strategies. Where copies are all that an
-    accelerator takes time for, it pays to split an expert.
+    So few tokens are computed on the CPU, and many are parted between all three strategies. Where an accelerator takes
+    time for copies alone, it pays to split an expert.
     """
     mask = every_third(spec) if resident is None else resident
     tokens = np.array([*range(65), 128, 1024, 8192], np.int32)

@@ -26,7 +26,12 @@ INTERMEDIATE = 288
 """Of an expert: four blocks of 64 rows and half a one, between which dispatch may split it."""
 _LOCAL = {"num_local_experts": 6, "intermediate_size": INTERMEDIATE}
 _MOE = {"num_experts": 6, "moe_intermediate_size": INTERMEDIATE, "intermediate_size": 96}
-_ROUTED = {"n_routed_experts": 6, "moe_intermediate_size": INTERMEDIATE, "intermediate_size": 96, "first_k_dense_replace": 1}
+_ROUTED = {
+    "n_routed_experts": 6,
+    "moe_intermediate_size": INTERMEDIATE,
+    "intermediate_size": 96,
+    "first_k_dense_replace": 1,
+}
 _MLA = {
     "num_key_value_heads": 4,
     "q_lora_rank": 32,
