@@ -1,4 +1,4 @@
-"""Packing an expert from every order of a checkpoint, and rearranging it to rows first: python -m tests.bench.orders."""
+"""Packing an expert from every order of a checkpoint, and from rows made of it first: python -m tests.bench.orders."""
 
 from __future__ import annotations
 
