@@ -19,7 +19,7 @@ from fiddlerc.frontend.architectures import ARCHITECTURES, Architecture
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "models.md"
 RESULTS = Path(__file__).parent / "golden" / "families"
-LANES = ["cpu", "mixed", "resident", "streamed"]
+LANES = ["cpu", "mixed", "resident", "split", "streamed"]
 TRANSFORMERS = "5.23"
 
 

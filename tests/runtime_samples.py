@@ -75,10 +75,13 @@ def write_sample_plan(
     features: tuple[Feature, ...] = (),
     prefetch: npt.NDArray[np.int16] | None = None,
     us: float = 1.0,
+    speed_up: float = 1.0,
+    copy: float = 25.0,
 ) -> Plan:
-    """A plan whose devices are equally fast, `us` a token, and whose copies take 25 times that an expert.
+    """A plan whose CPU takes `us` a token, its accelerator `speed_up` times less, copying an expert `copy` times `us`.
 
-    So few tokens are computed on the CPU, and many are split between all three strategies.
+    So few tokens are computed on the CPU, and many are parted between all three strategies. Where an accelerator takes
+    time for copies alone, it pays to split an expert.
     """
     mask = every_third(spec) if resident is None else resident
     tokens = np.array([*range(65), 128, 1024, 8192], np.int32)
@@ -86,12 +89,12 @@ def write_sample_plan(
         tokens=tokens,
         cpu_us=us * tokens[None],
         regime_shares=np.ones(1),
-        gpu_us=us * tokens,
+        gpu_us=us / speed_up * tokens,
         rest_us=0.0 * tokens,
         rest_kv_us=0.0,
         cpu_overhead_us=1.0,
         gpu_overhead_us=1.0,
-        stream_us=25.0 * us,
+        stream_us=copy * us,
         contention=0.1,
         curves=(),
     )

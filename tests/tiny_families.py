@@ -22,9 +22,16 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
-_LOCAL = {"num_local_experts": 6, "intermediate_size": 48}
-_MOE = {"num_experts": 6, "moe_intermediate_size": 48, "intermediate_size": 96}
-_ROUTED = {"n_routed_experts": 6, "moe_intermediate_size": 48, "intermediate_size": 96, "first_k_dense_replace": 1}
+INTERMEDIATE = 288
+"""Of an expert: four blocks of 64 rows and half a one, between which dispatch may split it."""
+_LOCAL = {"num_local_experts": 6, "intermediate_size": INTERMEDIATE}
+_MOE = {"num_experts": 6, "moe_intermediate_size": INTERMEDIATE, "intermediate_size": 96}
+_ROUTED = {
+    "n_routed_experts": 6,
+    "moe_intermediate_size": INTERMEDIATE,
+    "intermediate_size": 96,
+    "first_k_dense_replace": 1,
+}
 _MLA = {
     "num_key_value_heads": 4,
     "q_lora_rank": 32,
@@ -37,7 +44,7 @@ _MLA = {
 SPECIAL: dict[str, dict[str, Any]] = {
     "mixtral": _LOCAL,
     "phimoe": {**_LOCAL, "attention_bias": True, "lm_head_bias": True},
-    "olmoe": {"num_experts": 6, "intermediate_size": 48, "attention_bias": True},
+    "olmoe": {"num_experts": 6, "intermediate_size": INTERMEDIATE, "attention_bias": True},
     "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
     "qwen3_moe": {**_MOE, "num_hidden_layers": 4, "head_dim": 32, "mlp_only_layers": [1]},
     "deepseek_v2": {**_ROUTED, **_MLA, "n_shared_experts": 2, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
@@ -61,24 +68,24 @@ _HYBRID = {"num_hidden_layers": 4, "head_dim": 16}
 # Families without a row in the frontend's table: found out through transformers.
 DISCOVERED: dict[str, dict[str, Any]] = {
     "afmoe": {**_MOE, "head_dim": 16, "num_shared_experts": 1, "num_dense_layers": 1, "sliding_window": 8},
-    "aria_text": {"moe_num_experts": 6, "moe_topk": 2, "intermediate_size": 48, "moe_num_shared_experts": 1},
+    "aria_text": {"moe_num_experts": 6, "moe_topk": 2, "intermediate_size": INTERMEDIATE, "moe_num_shared_experts": 1},
     "cohere2_moe": {**_LOCAL, "num_experts": 6, "head_dim": 16, "sliding_window": 8},
     "dots1": {**_ROUTED, "head_dim": 16, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "ernie4_5_moe": {
         "moe_num_experts": 6,
         "moe_k": 2,
-        "moe_intermediate_size": 48,
+        "moe_intermediate_size": INTERMEDIATE,
         "intermediate_size": 96,
         "moe_num_shared_experts": 1,
         "moe_layer_start_index": 1,
     },
     "exaone_moe": {**_MOE, "head_dim": 16, "num_shared_experts": 1, "n_group": 1, "topk_group": 1, "sliding_window": 8},
-    "flex_olmo": {"num_experts": 6, "intermediate_size": 48},
+    "flex_olmo": {"num_experts": 6, "intermediate_size": INTERMEDIATE},
     "gemma4_text": {
         "enable_moe_block": True,
         "num_experts": 6,
         "top_k_experts": 2,
-        "moe_intermediate_size": 48,
+        "moe_intermediate_size": INTERMEDIATE,
         "intermediate_size": 96,
         "head_dim": 16,
         "global_head_dim": 16,
@@ -119,10 +126,10 @@ def save_family(family: str, folder: Path, *, dtype: str = "bfloat16", shards: s
     for name, parameter in model.named_parameters():
         # As initialised, experts are too small for their share to be seen in the logits, and routers nearly undecided.
         if ".experts." in name:
-            inputs = {64, 48} & set(parameter.shape[1:])
+            inputs = {64, INTERMEDIATE} & set(parameter.shape[1:])
             torch.nn.init.normal_(parameter, std=max(inputs, default=4) ** -0.5)
         elif parameter.dim() == 2 and len(parameter) in (6, 8):
-            torch.nn.init.normal_(parameter)
+            torch.nn.init.normal_(parameter, std=0.5)  # sigmoids of more would be 1, and alike
     model.save_pretrained(folder, max_shard_size=shards)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY_MIXTRAL / name, folder / name)

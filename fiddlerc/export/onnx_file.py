@@ -194,7 +194,10 @@ def _require_disk(spec: ModelSpec, folder: Path, dtype: DType) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise FiddlerError(
-            f"not enough room in {folder}", found=f"{format_bytes(free)} free", expected=f"{format_bytes(needed)}"
+            f"not enough room in {folder}",
+            found=f"{format_bytes(free)} free",
+            expected=format_bytes(needed),
+            hint="-o OTHER_FOLDER/model.onnx, on a disk with more room",
         )
 
 

@@ -24,7 +24,7 @@ __all__ = ["Checkpoint", "TensorInfo", "check_identity", "config_value", "expert
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SAMPLES, SAMPLE_BYTES = 64, 4096
-"""Pieces of a shard that identify it besides its header: a quarter of a megabyte of some gigabytes."""
+"""Pieces of a shard that identify it besides what is where in it: a quarter of a megabyte of some gigabytes."""
 # Families whose published config.json says num_experts get num_local_experts instead when transformers 5 saves them.
 _OTHER_SPELLING = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
 
@@ -98,28 +98,28 @@ class Checkpoint:
             raise FiddlerError(f"cannot read {info.file}", found=error.strerror or str(error)) from None
 
     def identity(self) -> str:
-        """What tells these files from others: names, sizes, headers, and SAMPLES pieces of every file, hashed.
+        """What tells these tensors from others: names, types, places, and SAMPLES pieces of every file, hashed.
 
-        Copying or moving the directory does not change it. Another checkpoint of the same shapes does, unless it
-        differs in a few bytes between the pieces only. Raises FiddlerError for a file that cannot be read.
+        Copying or moving the files does not change it. Other weights in the same places do, unless they differ in a few
+        bytes between the pieces only. Raises FiddlerError for a file that cannot be read.
         """
-        starts: dict[Path, int] = {}
-        for info in self.tensors.values():
-            starts[info.file] = min(info.offset, starts.get(info.file, info.offset))
         total = hashlib.sha256()
+        starts: dict[Path, int] = {}
+        # Places are hashed and not headers: an ONNX file says of another file where tensors are in it.
+        for name, info in sorted(self.tensors.items()):
+            starts[info.file] = min(info.offset, starts.get(info.file, info.offset))
+            total.update(f"{name} {info.dtype} {info.shape} {info.file.name} {info.offset}\0".encode())
         for file, start in sorted(starts.items()):
             try:
                 with file.open("rb", buffering=0) as opened:
                     size = os.fstat(opened.fileno()).st_size
                     os.posix_fadvise(opened.fileno(), start, 0, os.POSIX_FADV_RANDOM)
-                    pieces = [os.pread(opened.fileno(), start, 0)]
+                    total.update(f"{file.name} {size}\0".encode())
                     for number in range(SAMPLES):
                         offset = start + (size - start) * number // SAMPLES
-                        pieces.append(os.pread(opened.fileno(), SAMPLE_BYTES, offset))
+                        total.update(os.pread(opened.fileno(), SAMPLE_BYTES, offset))
             except OSError as error:
                 raise FiddlerError(f"cannot read {file}", found=error.strerror or str(error)) from None
-            for piece in (file.name.encode(), size.to_bytes(8, "little"), *pieces):
-                total.update(len(piece).to_bytes(8, "little") + piece)
         return total.hexdigest()
 
     def check_experts(self, spec: ModelSpec) -> None:

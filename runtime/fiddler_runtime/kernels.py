@@ -67,7 +67,12 @@ class _MoeCall(ctypes.Structure):
 class _Expert(ctypes.Structure):
     """struct fdl_expert."""
 
-    _fields_ = tuple((name, c_void_p) for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"))
+    _fields_ = (
+        *((name, c_void_p) for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")),
+        ("gate_up_stride", c_int64 * 2),
+        ("down_stride", c_int64 * 2),
+        ("gate_up_bias_stride", c_int64),
+    )
 
 
 def make_pointers(experts: Sequence[int | None]) -> ctypes.Array[c_void_p]:
@@ -208,8 +213,9 @@ class Kernels:
         packed: torch.Tensor,
         biases: Sequence[torch.Tensor] = (),
     ) -> None:
-        """Row-major to packed: bf16 gate, up [I, H], down [H, I] to bf16 packed [packed_bytes / 2].
+        """A checkpoint's order to packed: bf16 gate, up [I, H], down [H, I] to bf16 packed [packed_bytes / 2].
 
+        The matrices may be views of [I, H], [H, I], or of gate and up in one, also in turn: what `orders.views` makes.
         biases  bf16 of gate [I], up [I] and down [H] where the kernels are for experts with biases, else none
         """
         expert = self._weights(gate, up, down, packed, biases)
@@ -223,7 +229,10 @@ class Kernels:
         down: torch.Tensor,
         biases: Sequence[torch.Tensor] = (),
     ) -> None:
-        """The reverse of `pack`, exactly."""
+        """The reverse of `pack`, exactly, to contiguous matrices."""
+        for name, matrix in (("gate", gate), ("up", up), ("down", down)):
+            if not matrix.is_contiguous():
+                raise FiddlerError(f"wrong {name} to unpack to", found=_shown(matrix), expected="contiguous")
         expert = self._weights(gate, up, down, packed, biases)
         self.library.check(self._native.fdl_unpack(self._open(), packed.data_ptr(), byref(expert)), "unpack an expert")
 
@@ -340,23 +349,32 @@ class Kernels:
     ) -> _Expert:
         spec = self.library.spec
         wide = (spec.intermediate_size, spec.hidden_size)
-        _expect_bf16("gate weights", gate, wide)
-        _expect_bf16("up weights", up, wide)
-        _expect_bf16("down weights", down, (spec.hidden_size, spec.intermediate_size))
+        _expect_bf16("gate weights", gate, wide, contiguous=False)
+        _expect_bf16("up weights", up, wide, contiguous=False)
+        _expect_bf16("down weights", down, wide[::-1], contiguous=False)
+        in_turn = gate.stride(0) == 2 and up.data_ptr() == gate.data_ptr() + 2
+        for name, matrix, known in (("gate", gate, in_turn), ("up", up, in_turn), ("down", down, False)):
+            if not (known or 1 in matrix.stride()) or (name == "up" and matrix.stride() != gate.stride()):
+                raise FiddlerError(f"wrong {name} weights", found=_shown(matrix), expected="an order that pack() knows")
         _expect_bf16("packed expert", packed, (self.library.packed_bytes // 2,))
         if len(biases) != 3 * spec.bias:
             raise FiddlerError(
                 f"wrong biases for {spec.name}", found=len(biases), expected="three" if spec.bias else "none"
             )
         for bias, matrix in zip(biases, (gate, up, down), strict=False):
-            _expect_bf16("bias", bias, matrix.shape[:1])
+            _expect_bf16("bias", bias, matrix.shape[:1], contiguous=matrix is down)
+        if biases and biases[0].stride() != biases[1].stride():
+            raise FiddlerError("wrong up bias", found=_shown(biases[1]), expected=f"stride {biases[0].stride(0)}")
         if packed.data_ptr() % _ALIGNMENT != 0:
             raise FiddlerError(
                 "wrong packed expert",
                 found=f"an address {packed.data_ptr() % _ALIGNMENT} bytes past a multiple of {_ALIGNMENT}",
                 expected=f"{_ALIGNMENT}-byte alignment (fiddler_runtime.kernels.empty_packed)",
             )
-        return _Expert(*(part.data_ptr() for part in (gate, up, down, *biases)))
+        addresses = [part.data_ptr() for part in (gate, up, down, *biases)] + [None] * (3 - len(biases))
+        bias_stride = biases[0].stride(0) if biases else 1
+        strides = (c_int64 * 2)(*gate.stride()), (c_int64 * 2)(*down.stride()), bias_stride
+        return _Expert(*addresses, *strides)
 
     def _explain(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
         """Raises the FiddlerError of the first tensor of `moe` that is wrong."""
@@ -390,11 +408,11 @@ def _check_complete(path: Path) -> None:
         raise OSError(f"truncated: {size} bytes of {table + entry_bytes * entries}")
 
 
-def _expect_bf16(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+def _expect_bf16(name: str, tensor: torch.Tensor, shape: tuple[int, ...], *, contiguous: bool = True) -> None:
     if (
         tensor.dtype is not torch.bfloat16
         or tuple(tensor.shape) != shape
-        or not tensor.is_contiguous()
+        or (contiguous and not tensor.is_contiguous())
         or not tensor.is_cpu
     ):
         raise FiddlerError(f"wrong {name}", found=_shown(tensor), expected=_wanted(torch.bfloat16, shape))

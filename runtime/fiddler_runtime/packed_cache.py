@@ -132,9 +132,7 @@ class PackedCache:
         writers: dict[int, LayerWriter] = {}
         writing: Future[None] | None = None
         with contextlib.ExitStack() as partial, ThreadPoolExecutor(1, "fiddler-writer") as thread:
-            experts = partial.enter_context(
-                contextlib.closing(read_ahead(self._weights, order, buffers(self._spec.expert)))
-            )
+            experts = partial.enter_context(contextlib.closing(read_ahead(self._weights, order, buffers(self._spec))))
             for number, (layer, expert, read) in enumerate(experts):
                 if progress is not None:
                     progress("packing experts" + BYTES, number * self._expert_bytes, total)

@@ -17,7 +17,7 @@ from .lanes.device import Device, UnpackedExpert
 from .packed_cache import PackedCache
 from .plan import ModelSpec
 from .progress import BYTES, Progress
-from .reading import buffers, read_ahead
+from .reading import Room, buffers, read_ahead
 from .weights import ExpertWeights
 
 LOADING = "loading experts" + BYTES
@@ -101,9 +101,9 @@ def _read(
         for experts, memory in zip(missing, arenas, strict=True)
     )
     residents: tuple[dict[int, UnpackedExpert], ...] = tuple({} for _ in missing)
-    turn = buffers(spec.expert)
+    turn = buffers(spec)
 
-    def room(layer: int, expert: int) -> UnpackedExpert:
+    def room(layer: int, expert: int) -> Room:
         direct = device.torch_device.type == "cpu" and expert not in packed[row_of[layer]]
         return UnpackedExpert.empty(spec.expert) if direct else turn(layer, expert)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from . import orders
 from .checkpoint import Checkpoint, check_identity
 from .errors import FiddlerError
 from .onnx_weights import OnnxCheckpoint
@@ -66,7 +67,7 @@ class ExpertWeights(ABC):
         down: torch.Tensor,
         biases: Sequence[torch.Tensor] = (),
     ) -> None:
-        """Fills gate [I, H], up [I, H] and down [H, I] (bf16, contiguous, CPU) of one expert of a decoder layer.
+        """Fills gate [I, H], up [I, H] and down [H, I] (bf16, CPU, any strides) of one expert of a decoder layer.
 
         biases  where the model's experts have some, also of gate [I], up [I] and down [H]
         Called after `check`, from one thread at a time, which need not be the caller's.
@@ -82,13 +83,13 @@ class ExpertWeights(ABC):
 
 
 class CheckpointWeights(ExpertWeights):
-    """Experts read from safetensors shards, straight into the tensors asked for where the order on disk permits."""
+    """Experts read from safetensors shards, straight into the tensors asked for if those have the order on disk."""
 
     def __init__(self, model_dir: Path) -> None:
         self.home = model_dir if model_dir.is_dir() else model_dir.parent
         self._checkpoint = self._open(model_dir)
         self._names: ExpertTensors | None = None
-        # What is stored otherwise is read here, then rearranged or rounded to bf16: at most one expert's gate and up.
+        # What is asked for in another order or not stored in bf16 is read here: at most one expert's gate and up.
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
     def _open(self, path: Path) -> Checkpoint:
@@ -152,20 +153,18 @@ class CheckpointWeights(ExpertWeights):
     def _read(self, name: str, index: int, parts: Sequence[torch.Tensor], names: ExpertTensors) -> None:
         """Fills `parts`, which lie in one tensor, of the expert with that index in it."""
         dtype = self._checkpoint.tensors[name].torch_dtype
-        size = parts[0].numel()
-        start = index * size * len(parts)
-        turned = names.transposed and parts[0].dim() == 2
-        mixed = names.interleaved and len(parts) == 2
-        if dtype == torch.bfloat16 and not turned and not mixed:
-            for place, part in enumerate(parts):
-                self._checkpoint.read_part(name, start + place * size, part, drop=self.drop_behind)
+        elements = len(parts) * parts[0].numel()
+        there = orders.whole(parts, names)
+        direct = there is not None and dtype == torch.bfloat16
+        stored = there if there is not None and direct else self._room(dtype, elements)
+        self._checkpoint.read_part(name, index * elements, stored, drop=self.drop_behind)
+        if direct:
             return
-        stored = self._room(dtype, size * len(parts))
-        self._checkpoint.read_part(name, start, stored, drop=self.drop_behind)
-        rows, *columns = parts[0].shape
-        matrix = stored.view(*columns, len(parts) * rows).t() if turned else stored.view(len(parts) * rows, *columns)
-        for place, part in enumerate(parts):
-            part.copy_(matrix[place :: len(parts)] if mixed else matrix[place * rows : (place + 1) * rows])
+        if there is not None:
+            there.copy_(stored)
+            return
+        for part, view in zip(parts, orders.views(stored, len(parts), parts[0].shape, names), strict=True):
+            part.copy_(view)
 
     def _room(self, dtype: torch.dtype, elements: int) -> torch.Tensor:
         room = self._scratch.get(dtype)
@@ -222,10 +221,10 @@ class RandomWeights(ExpertWeights):
         # Hashed, because torch takes the lower 32 bits of a seed only.
         digest = hashlib.sha256(f"{self._seed} {layer} {expert}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-        for out in (gate, up, down):
-            out.normal_(0.0, float(out.shape[1]) ** -0.5, generator=generator)
-        for out in biases:
-            out.normal_(0.0, 1.0, generator=generator)
+        for out in (gate, up, down, *biases):
+            deviation = float(out.shape[1]) ** -0.5 if out.dim() == 2 else 1.0
+            # Drawn apart, because what is drawn into other strides are other numbers.
+            out.copy_(torch.empty(out.shape, dtype=out.dtype).normal_(0.0, deviation, generator=generator))
 
 
 class TensorWeights(ExpertWeights):

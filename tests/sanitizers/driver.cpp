@@ -36,7 +36,8 @@ void layers(fdl_kernels* kernels, unsigned seed) {
   std::vector<uint16_t> gate(weights, 0x3c00), up(weights, 0x3c00), down(weights, 0x3c00);
   std::vector<uint16_t> gate_bias(fdl::kIntermediate), up_bias(fdl::kIntermediate), down_bias(fdl::kHidden);
   const fdl_expert expert_weights{gate.data(),      up.data(),      down.data(),
-                                  gate_bias.data(), up_bias.data(), down_bias.data()};
+                                  gate_bias.data(), up_bias.data(), down_bias.data(),
+                                  {fdl::kHidden, 1}, {fdl::kIntermediate, 1}, 1};
   const Block packed(static_cast<size_t>(fdl_packed_bytes()));
   require(fdl_pack(kernels, &expert_weights, packed.bf16()) == FDL_OK, "pack");
   require(fdl_unpack(kernels, packed.bf16(), &expert_weights) == FDL_OK, "unpack");

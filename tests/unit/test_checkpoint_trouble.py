@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import edit_config, save_family
+from tiny_families import INTERMEDIATE, edit_config, save_family
 
 from fiddler_runtime import ExpertWeights
 from fiddler_runtime.errors import FiddlerError, FiddlerWarning
@@ -59,7 +59,7 @@ def test_a_missing_shard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["index", "shard"])
 def test_an_index_that_its_shards_contradict(tmp_path: Path, where: str) -> None:
-    folder = save_family("granitemoe", tmp_path / "m", shards="100KB")
+    folder = save_family("granitemoe", tmp_path / "m", shards="800KB")
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     name = "model.layers.1.block_sparse_moe.input_linear.weight"
@@ -93,12 +93,14 @@ def test_other_floating_types_are_rounded_with_a_notice(
         original.check(spec)
 
     def read(source: ExpertWeights) -> list[torch.Tensor]:
-        shapes = [(48, 64), (48, 64), (64, 48), (48,), (48,), (64,)]
+        rows = INTERMEDIATE
+        shapes = [(rows, 64), (rows, 64), (64, rows), (rows,), (rows,), (64,)]
         out = [torch.full(shape, torch.nan, dtype=torch.bfloat16) for shape in shapes]
         source.read(1, 4, *out[:3], out[3:])
         return out
 
-    assert all(torch.equal(a, b) for a, b in zip(read(weights), read(original), strict=True))
+    expected = [part.to(dtype).bfloat16() for part in read(original)]  # fp16 has fewer small numbers
+    assert all(torch.equal(a, b) for a, b in zip(read(weights), expected, strict=True))
 
 
 @pytest.mark.parametrize(("method", "name"), [
@@ -118,8 +120,8 @@ def test_quantised_tensors_are_refused_where_config_json_is_silent(changed: Call
     def mxfp4(tensors: Tensors) -> None:
         name = "model.layers.0.mlp.experts.gate_up_proj"
         del tensors[name]
-        tensors[f"{name}_blocks"] = torch.zeros(6, 96, 2, 16, dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.zeros(6, 96, 2, dtype=torch.uint8)
+        tensors[f"{name}_blocks"] = torch.zeros(6, 2 * INTERMEDIATE, 2, 16, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.zeros(6, 2 * INTERMEDIATE, 2, dtype=torch.uint8)
 
     error = error_of(changed("gpt_oss", mxfp4))
     assert error.found == "model.layers.0.mlp.experts.gate_up_proj_blocks (MXFP4)"
@@ -130,7 +132,7 @@ def test_int4_tensors(changed: Callable[..., Path]) -> None:
     def gptq(tensors: Tensors) -> None:
         name = "model.layers.0.block_sparse_moe.experts.0.w1"
         del tensors[f"{name}.weight"]
-        tensors[f"{name}.qweight"] = torch.zeros(8, 48, dtype=torch.int32)
+        tensors[f"{name}.qweight"] = torch.zeros(8, INTERMEDIATE, dtype=torch.int32)
 
     error = error_of(changed("mixtral", gptq))
     assert error.found == "model.layers.0.block_sparse_moe.experts.0.w1.qweight (INT4: GPTQ or AWQ)"
@@ -163,7 +165,7 @@ def test_tensors_that_nobody_asks_for_are_ignored(families: Path, changed: Calla
     import transformers
 
     extra = {
-        "model.layers.61.mlp.experts.0.gate_proj.weight": torch.ones(48, 64).bfloat16(),
+        "model.layers.61.mlp.experts.0.gate_proj.weight": torch.ones(INTERMEDIATE, 64).bfloat16(),
         "model.layers.61.shared_head.head.weight": torch.ones(2048, 64).bfloat16(),
         "something.else": torch.ones(3, dtype=torch.int64),
     }

@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from fiddler_runtime import ExpertWeights
 from fiddler_runtime.errors import FiddlerWarning
 from fiddler_runtime.lanes.expert import UnpackedExpert
+from fiddler_runtime.orders import StoredExpert
 from fiddler_runtime.plan import ExpertTensors
+from fiddler_runtime.weights import CheckpointWeights
 
 # all experts in one tensor, gate and up in one, [inputs, outputs], gate and up in turn, biases
 ORDERS = [order for order in itertools.product([False, True], repeat=5) if order[1] or not order[3]]
@@ -62,13 +64,19 @@ def test_read(
     save_file({name: t.to(dtype).contiguous() for name, t in tensors.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(spec.identity))
     weights = ExpertWeights.load(tmp_path)
+    assert isinstance(weights, CheckpointWeights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FiddlerWarning)
         weights.check(spec)
-    for (layer, index), expert in experts.items():
-        read = UnpackedExpert.empty(spec.expert)
-        weights.read(layer, index, *read.matrices, read.biases)
-        found = (*read.matrices, *read.biases)
-        assert all(
-            torch.equal(a, b) for a, b in zip(found, (expert.gate, expert.up, expert.down, *expert.biases), strict=True)
-        )
+    for room in (lambda: StoredExpert.empty(spec.expert, names), lambda: UnpackedExpert.empty(spec.expert)):
+        for (layer, index), expert in experts.items():
+            read = room()
+            for part in (*read.matrices, *read.biases):
+                part.fill_(torch.nan)
+            weights.read(layer, index, *read.matrices, read.biases)
+            expected = (expert.gate, expert.up, expert.down, *expert.biases)
+            for found in (read, read.to(torch.device("cpu"))):
+                parts = zip((*found.matrices, *found.biases), expected, strict=True)
+                assert all(torch.equal(a, b) for a, b in parts)
+            if isinstance(read, StoredExpert) and dtype == torch.bfloat16:
+                assert not weights._scratch, "bytes go from the file to where they are packed from"

@@ -91,8 +91,13 @@ int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, const fd
 void fdl_close(fdl_kernels*);
 const char* fdl_isa(const fdl_kernels*);
 
-/* One expert in row-major order: gate, up [intermediate][hidden], down [hidden][intermediate], and where the library's
- * experts have biases gate_bias, up_bias [intermediate], down_bias [hidden] (else NULL). All bf16. */
+/* One expert as a checkpoint has it, all bf16: gate, up (intermediate outputs of hidden inputs), down (hidden outputs of
+ * intermediate inputs), and where the library's experts have biases one per output of each (else NULL).
+ * Output o's weight for input i is element o * stride[0] + i * stride[1]; gate and up share their strides. Orders known are
+ *   rows             stride[1] = 1: [outputs, inputs], also with gate's and up's rows in turn
+ *   columns          stride[0] = 1: [inputs, outputs]
+ *   columns in turn  stride[0] = 2 and up = gate + 1: [inputs, 2 * outputs]; not of down
+ */
 typedef struct fdl_expert {
   uint16_t* gate;
   uint16_t* up;
@@ -100,9 +105,12 @@ typedef struct fdl_expert {
   uint16_t* gate_bias;
   uint16_t* up_bias;
   uint16_t* down_bias;
+  int64_t gate_up_stride[2];
+  int64_t down_stride[2];
+  int64_t gate_up_bias_stride; /* between outputs; down's biases follow each other */
 } fdl_expert;
 
-/* To the packed layout (docs/kernels.md), 64-byte aligned, and back. */
+/* To the packed layout (docs/kernels.md), 64-byte aligned, from any of the orders; and back, to rows. */
 int32_t fdl_pack(fdl_kernels*, const fdl_expert* expert, uint16_t* packed);
 int32_t fdl_unpack(fdl_kernels*, const uint16_t* packed, const fdl_expert* expert);
 
