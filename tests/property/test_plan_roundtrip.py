@@ -57,7 +57,15 @@ def test_plans_survive(seed: int, layers: int, experts: int, grid: int, text: st
     residents = int(tables.resident.sum())
     header = sample_header(
         model=model,
-        kernels=KernelSpec("k", hidden, intermediate, "silu", False, (KernelVariant("scalar", "k_scalar", 1, 1, 1),)),
+        kernels=KernelSpec(
+            "k",
+            hidden,
+            intermediate,
+            "silu",
+            False,
+            (KernelVariant("scalar", "k_scalar", Blocking(1, 1, (), 1, 1, 1), ()),),
+            None,
+        ),
         memory=(),
         placement=PlacementSummary(
             text, "popularity", residents, layers * experts, data.draw(st.floats(0, 1)), 0.5, {}
