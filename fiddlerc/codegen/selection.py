@@ -41,6 +41,9 @@ _FETCH_AHEAD = 4
 _LATENCY_SUMS = 8
 _LOOP_INSTRUCTIONS = 3
 _ISSUE_PER_SLOT = 3  # six instructions a cycle beside two multiplies
+# Several tiles read a block's weights from the second-level cache again: so long for a vector of them. Held against
+# AVX2 on Zen 4, where tile 2 x 4 takes 1.6 to 1.8 times as long as 4 x 2, which is bound by its multiplies.
+_VECTOR_FROM_L2_SLOTS = 6.0
 _PASS_SLOTS = 40.0  # entering a tile's loop and leaving it, beside moving its sums
 # The rest of a second-level cache is left to the outputs, the stack, and what prefetching brings too early.
 _L2_SHARE, _L1_SHARE = 0.75, 0.5
@@ -169,6 +172,7 @@ def row_slots(target: Target, blocking: Blocking, tokens: int) -> float:
         reach = _WINDOW / _ROWS_IN_FLIGHT / _instructions(target, tokens, row_vectors)
         return max(_MEMORY_SLOTS * max(1.0, 1.0 / reach), compute)
     # Several passes: a block's sums are loaded and stored once each, while the next block is fetched.
+    compute = max(compute, count * row_vectors * _VECTOR_FROM_L2_SLOTS)
     moved = sum(2.0 * size * row_vectors for size in sizes) + _PASS_SLOTS * count * columns
     return max(_MEMORY_SLOTS, compute + moved / (blocking.k_block / 2))
 

@@ -61,8 +61,8 @@ def tune(
 
     builds  (what differs from the first one, its blocking, the library); the first is what the others are compared with
     One expert per call, weights rotated over four last-level caches, threads as the CPU lane has them. Builds take
-    turns, and who begins changes from round to round. Another build takes the first one's place only if it was faster in three
-    quarters of the rounds.
+    turns, and who begins changes from round to round. Another build takes the first one's place only if it was faster
+    in three quarters of the rounds.
     """
     effort = effort or Effort()
     machine = calibration.machine
@@ -96,10 +96,12 @@ def _judge(builds: Sequence[tuple[str, Blocking, KernelLibrary]], times: np.ndar
     best = max(faster, key=lambda row: median[row], default=0)
     candidates = tuple(
         TunedCandidate(
-            change,
-            blocking,
-            tuple(_rounded(value) for value in np.median(speed[:, row], axis=0)),
-            *(_rounded(value) for value in (median[row], low[row], high[row])),
+            change=change,
+            blocking=blocking,
+            speed=tuple(_rounded(value) for value in np.median(speed[:, row], axis=0)),
+            median=_rounded(median[row]),
+            low=_rounded(low[row]),
+            high=_rounded(high[row]),
             chosen=row == best,
         )
         for row, (change, blocking, _) in enumerate(builds)

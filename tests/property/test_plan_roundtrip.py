@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_samples import FILES, sample_header, sample_model, sample_tables
 
-from fiddler_runtime.plan import KernelSpec, KernelVariant, PlacementSummary, Tables, read_plan, write_plan
+from fiddler_runtime.plan import Blocking, KernelSpec, KernelVariant, PlacementSummary, Tables, read_plan, write_plan
 from fiddler_runtime.plan.tensors import decode_tables, encode_tables
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
