@@ -5,7 +5,7 @@ from __future__ import annotations
 from .calibrate import measure
 from .catalog import catalog_names, load_hardware, verify_calibration, write_hardware
 from .checks import Check, doctor
-from .tune import require_this_machine, tune
+from .tuning import require_this_machine, tune
 
 __all__ = [
     "Check",

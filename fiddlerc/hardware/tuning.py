@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary
@@ -30,6 +31,9 @@ class Effort:
     rounds: int = 7
     seconds: float = 0.03
     least: int = 2
+
+
+EFFORT = Effort()
 
 
 def require_this_machine(calibration: Calibration) -> None:
@@ -54,17 +58,16 @@ def tune(
     isa: str,
     calibration: Calibration,
     *,
-    effort: Effort | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
     """Times builds of one instruction set's kernel that differ in their blocking, and says which to take.
 
     builds  (what differs from the first one, its blocking, the library); the first is what the others are compared with
-    One expert per call, weights rotated over four last-level caches, threads as the CPU lane has them. Builds take
-    turns, and who begins changes from round to round. Another build takes the first one's place only if it was faster
-    in three quarters of the rounds.
+    Experts as `measure` times them, weights rotated over four last-level caches, threads as the CPU lane has them.
+    Builds take turns, and who begins changes from round to round. Another build takes the first one's place only if it
+    was faster in three quarters of the rounds.
     """
-    effort = effort or Effort()
+    effort = EFFORT
     machine = calibration.machine
     threads = cpu_lane_threads(machine.cores, machine.accelerator.kind)
     nbytes = builds[0][2].packed_bytes
@@ -84,10 +87,10 @@ def tune(
                     times[turn, row, column] = np.median(guard(measure))
             if progress is not None:
                 progress(f"tuning {isa}", turn + 1, effort.rounds)
-    return _judge(builds, times, Tuning(isa, threads, effort.tokens, effort.rounds, ()))
+    return judge([build[:2] for build in builds], times, Tuning(isa, threads, effort.tokens, effort.rounds, ()))
 
 
-def _judge(builds: Sequence[tuple[str, Blocking, KernelLibrary]], times: np.ndarray, about: Tuning) -> Tuning:
+def judge(builds: Sequence[tuple[str, Blocking]], times: npt.NDArray[np.float64], about: Tuning) -> Tuning:
     """times [rounds, builds, token counts] to figures, and the choice."""
     speed = times[:, :1] / times
     overall = np.exp(np.log(speed).mean(axis=2))
@@ -104,7 +107,7 @@ def _judge(builds: Sequence[tuple[str, Blocking, KernelLibrary]], times: np.ndar
             high=_rounded(high[row]),
             chosen=row == best,
         )
-        for row, (change, blocking, _) in enumerate(builds)
+        for row, (change, blocking) in enumerate(builds)
     )
     return Tuning(about.isa, about.threads, about.tokens, about.rounds, candidates)
 
