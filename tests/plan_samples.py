@@ -114,7 +114,7 @@ def sample_header(**changes: Any) -> Header:
             bias=False,
             variants=(
                 KernelVariant(
-                    "avx512_bf16", "fdl_bf16_moe_h64_i96__avx512bf16", Blocking(4, 4, (), 1024, 5, 8192), ("made up",)
+                    "avx512_bf16", "fdl_bf16_moe_h64_i96__avx512bf16", Blocking(4, 4, (), 1024, 5, 8192), ("because",)
                 ),
                 KernelVariant(
                     "avx2", "fdl_bf16_moe_h64_i96__avx2", Blocking(2, 2, (NarrowTile(1, 4),), 512, 1, 8192), ()
