@@ -163,6 +163,9 @@ def compile_command(
     isa: Annotated[str | None, typer.Option(metavar="LIST", help="Kernel variants to generate; default: all.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="PLAN", help="Directory to write.")] = None,
     build: Annotated[bool, typer.Option(help="Build the kernels now; otherwise at first load.")] = True,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure the best candidate kernels here, on the machine HW, and choose.")
+    ] = False,
     include_binaries: Annotated[
         bool, typer.Option("--include-binaries", help="Ship the built library inside the plan.")
     ] = False,
@@ -185,6 +188,7 @@ def compile_command(
         kv_bytes_per_token=kv_bytes,
         isas=None if isa is None else parse_isas(isa),
         build=build,
+        tune=tune,
         include_binaries=include_binaries,
         dump_dir=dump_dir,
         plots_dir=plots,
@@ -201,6 +205,7 @@ def compile_command(
                 "digest": header.digest,
                 "library": None if compiled.library is None else str(compiled.library),
                 "placement": dataclasses.asdict(header.placement),
+                "tuning": None if header.kernels.tuning is None else dataclasses.asdict(header.kernels.tuning),
                 "assumptions": list(header.assumptions),
             }
         )
@@ -215,6 +220,8 @@ def compile_command(
         f"expected hit rate {placed.hit_rate:.1%} (random {placed.random_hit_rate:.1%})"
     )
     out.print(f"kernels    {header.kernels.name}: {', '.join(v.isa for v in header.kernels.variants)}")
+    if header.kernels.tuning is not None:
+        out.print(f"tuned      {_tuned(dataclasses.asdict(header.kernels.tuning))}")
     out.print(f"report     {report}")
 
 
@@ -339,11 +346,18 @@ def export_onnx_command(
 
 
 @app.command()
-def inspect(plan: PlanPath, as_json: Json = False) -> None:
+def inspect(
+    plan: PlanPath,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Only the kernels: how each is cut, and why.")] = False,
+    as_json: Json = False,
+) -> None:
     """Say what a plan holds, without loading it."""
     from . import pipeline
 
     value = pipeline.inspect_plan(plan)
+    if kernels:
+        _print_json(value["kernels"]) if as_json else _print_kernels(value["kernels"])
+        return
     if as_json:
         _print_json(value)
         return
@@ -383,9 +397,43 @@ def inspect(plan: PlanPath, as_json: Json = False) -> None:
         row("latency", f"{curve['quantity']}: {curve['model']}, {error}")
     for variant in value["kernels"]["variants"]:
         row("kernel", variant["symbol"])
+    if value["kernels"]["tuning"] is not None:
+        row("tuned", _tuned(value["kernels"]["tuning"]))
     for line in value["assumptions"]:
         row("assumption", line)
     row("digest", value["digest"])
+
+
+def _print_kernels(kernels: dict[str, Any]) -> None:
+    """Each variant's blocking with its reasons; then what was measured, one line a candidate."""
+    for variant in kernels["variants"]:
+        cut = variant["blocking"]
+        out.print(variant["symbol"])
+        out.print(
+            f"  tile {cut['tile_tokens']} x {cut['tile_vectors']}, k_block {cut['k_block']}, fetch_tokens "
+            f"{cut['fetch_tokens']}, fetch_bytes {cut['fetch_bytes']}"
+        )
+        for reason in variant["reasons"]:
+            out.print(f"  - {reason}")
+    tuning = kernels["tuning"]
+    if tuning is None:
+        out.print("not tuned: the cost model's choice (fiddlerc compile --tune measures)")
+        return
+    out.print(f"tuned {_tuned(tuning)}; times as fast as the cost model's choice, by tokens:")
+    out.print(f"  {'':22}" + "".join(f"{tokens:>8}" for tokens in tuning["tokens"]) + "   all (quartiles)")
+    for candidate in tuning["candidates"]:
+        cells = "".join(f"{speed:8.3f}" for speed in candidate["speed"])
+        figures = f"{candidate['median']:.3f} ({candidate['low']:.3f}-{candidate['high']:.3f})"
+        name = candidate["change"] or "cost model's choice"
+        out.print(f"  {name:22}{cells}   {figures}{'   chosen' * candidate['chosen']}")
+
+
+def _tuned(tuning: dict[str, Any]) -> str:
+    chosen = next(candidate for candidate in tuning["candidates"] if candidate["chosen"])
+    what = (
+        f"{chosen['change']}, {chosen['median'] - 1:.1%} faster" if chosen["change"] else "the cost model's choice kept"
+    )
+    return f"{tuning['isa']}: {what} ({len(tuning['candidates'])} candidates, {tuning['threads']} threads)"
 
 
 @app.command()

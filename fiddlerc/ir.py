@@ -16,6 +16,7 @@ from fiddler_runtime.machine import Accelerator, Machine
 from fiddler_runtime.plan import (
     ACTIVATIONS,
     Activation,
+    Blocking,
     CurveSummary,
     ExpertForm,
     ExpertTensors,
@@ -24,11 +25,14 @@ from fiddler_runtime.plan import (
     KernelVariant,
     MemoryItem,
     ModelSpec,
+    NarrowTile,
     Objective,
     Options,
     PlacementSummary,
     Provenance,
     Tables,
+    TunedCandidate,
+    Tuning,
 )
 
 __all__ = [
@@ -38,6 +42,7 @@ __all__ = [
     "ONNX_NODE",
     "Accelerator",
     "Activation",
+    "Blocking",
     "Calibration",
     "CurveSummary",
     "ExpertForm",
@@ -52,6 +57,7 @@ __all__ = [
     "MemoryBudget",
     "MemoryItem",
     "ModelSpec",
+    "NarrowTile",
     "Objective",
     "OnnxDescription",
     "Options",
@@ -67,6 +73,8 @@ __all__ = [
     "Steps",
     "Tables",
     "Trace",
+    "TunedCandidate",
+    "Tuning",
 ]
 
 Regime = Literal["fast", "slow"]

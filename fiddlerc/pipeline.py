@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fiddler_runtime import compat, makespan, strict
 from fiddler_runtime import plan as plan_format
-from fiddler_runtime.build import build_kernels
+from fiddler_runtime.build import build_kernels, find_toolchain
 from fiddler_runtime.errors import FiddlerError, FiddlerWarning
 from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import available_bytes, this_machine
@@ -32,6 +32,8 @@ from .ir import (
     Calibration,
     ExpertForm,
     Feature,
+    KernelSources,
+    Machine,
     MemoryBudget,
     ModelSpec,
     Objective,
@@ -44,6 +46,7 @@ from .ir import (
     StepSample,
     Tables,
     Trace,
+    Tuning,
 )
 
 Progress = Callable[[str, int, int], None]
@@ -71,6 +74,7 @@ class CompileRequest:
     kv_bytes_per_token: int | None = None
     isas: tuple[str, ...] | None = None
     build: bool = True
+    tune: bool = False
     include_binaries: bool = False
     dump_dir: Path | None = None
     plots_dir: Path | None = None
@@ -98,6 +102,8 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
 
     calibration = hardware.load_hardware(request.hardware)
     dump("hardware", calibration)
+    if request.tune:
+        _require_tunable(request, calibration)
 
     trace = None if request.trace is None else tracing.read_trace(request.trace, model)
     popularity = tracing.popularity(trace, model, request.objective)
@@ -126,9 +132,8 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     dump("tables", tables)
     dump("features", features)
 
-    sources = codegen.generate(
-        model.hidden_size, model.intermediate_size, request.isas, activation=model.activation, bias=model.expert_bias
-    )
+    tuning = _tune(request, model.expert, calibration, progress) if request.tune else None
+    sources = _generate(model.expert, calibration.machine, request.isas, tuning)
     dump.files("kernels", sources.files)
 
     # Built before the plan is published: a plan whose kernels do not compile must not exist.
@@ -323,8 +328,9 @@ def calibrate(
         rotate[shape] = max(rotate.get(shape, 0), total)
         forms[shape] = spec.expert  # latencies are kept by shape: activation and biases change them little
     libraries = {}
+    machine = this_machine("none")
     for shape, form in forms.items():
-        sources = codegen.generate(*shape, activation=form.activation, bias=form.bias)
+        sources = _generate(form, machine)
         libraries[shape] = KernelLibrary(_build(sources.files, progress), sources.spec)
     calibration = hardware.measure(
         libraries,
@@ -573,6 +579,63 @@ def _assumptions(calibration: Calibration, trace: Trace | None, model: ModelSpec
     elif trace.experts is None:
         lines.append("popularity comes from imported counts, which do not tell prefill from decode")
     return tuple(lines)
+
+
+def _generate(
+    form: ExpertForm, machine: Machine, isas: Sequence[str] | None = None, tuning: Tuning | None = None
+) -> KernelSources:
+    """The kernels of such experts, cut for a machine's caches: as the cost model says, or as was measured."""
+    measured = {} if tuning is None else {tuning.isa: next(c.blocking for c in tuning.candidates if c.chosen)}
+    sources = codegen.generate(
+        form.hidden_size,
+        form.intermediate_size,
+        isas,
+        activation=form.activation,
+        bias=form.bias,
+        machine=machine,
+        blockings=measured,
+    )
+    return dataclasses.replace(sources, spec=dataclasses.replace(sources.spec, tuning=tuning))
+
+
+def _require_tunable(request: CompileRequest, calibration: Calibration) -> None:
+    """Before anything slow: --tune needs a build, the calibration's machine and a compiler."""
+    if not request.build:
+        raise FiddlerError("--tune builds the kernels to measure them", found="--no-build", hint="leave out --no-build")
+    hardware.require_this_machine(calibration)
+    find_toolchain()
+
+
+def _tune(request: CompileRequest, form: ExpertForm, calibration: Calibration, progress: Progress | None) -> Tuning:
+    """Measures the candidates of the best instruction set that runs here."""
+    here = this_machine("none")
+    wanted = request.isas or codegen.KNOWN_ISAS
+    isa = next((isa for isa in here.isa if isa in wanted), None)
+    if isa is None:
+        raise FiddlerError(
+            "--tune measures kernels that run here",
+            found=f"--isa {','.join(wanted)}",
+            expected="one of " + ", ".join(here.isa),
+            hint=f"--isa {here.isa[0]}",
+        )
+    builds = []
+    candidates = codegen.candidates(isa, form, calibration.machine)
+    for index, (change, candidate) in enumerate(candidates):
+        if progress is not None:
+            progress("building candidates", index, len(candidates))
+        sources = codegen.generate(
+            form.hidden_size,
+            form.intermediate_size,
+            (isa,),
+            activation=form.activation,
+            bias=form.bias,
+            machine=calibration.machine,
+            blockings={isa: candidate.blocking},
+        )
+        builds.append((change, candidate.blocking, KernelLibrary(_build(sources.files, None), sources.spec)))
+    if progress is not None:
+        progress("building candidates", len(candidates), len(candidates))
+    return hardware.tune(builds, isa, calibration, progress=progress)
 
 
 def _build(files: dict[str, str], progress: Progress | None) -> Path:

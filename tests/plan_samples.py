@@ -13,6 +13,7 @@ from fiddler_runtime.plan import (
     ABI_VERSION,
     FORMAT_MAJOR,
     FORMAT_MINOR,
+    Blocking,
     CurveSummary,
     ExpertTensors,
     Feature,
@@ -22,10 +23,13 @@ from fiddler_runtime.plan import (
     KernelVariant,
     MemoryItem,
     ModelSpec,
+    NarrowTile,
     Options,
     PlacementSummary,
     Plan,
     Tables,
+    TunedCandidate,
+    Tuning,
     write_plan,
 )
 
@@ -36,6 +40,19 @@ FILES = {
     "kernels/include/fiddler/abi.h": b"/* made up */\n",
     "report.html": b"<!doctype html>\n",
 }
+
+SAMPLE_TUNING = Tuning(
+    "avx2",
+    2,
+    (1, 64),
+    3,
+    (
+        TunedCandidate("", Blocking(2, 2, (NarrowTile(1, 4),), 256, 1, 8192), (1.0, 1.0), 1.0, 1.0, 1.0, False),
+        TunedCandidate(
+            "k_block 512", Blocking(2, 2, (NarrowTile(1, 4),), 512, 1, 8192), (1.0, 1.1), 1.05, 1.0, 1.1, True
+        ),
+    ),
+)
 
 
 def sample_model(**changes: Any) -> ModelSpec:
@@ -96,9 +113,14 @@ def sample_header(**changes: Any) -> Header:
             activation="silu",
             bias=False,
             variants=(
-                KernelVariant("avx512_bf16", "fdl_bf16_moe_h64_i96__avx512bf16", 4, 4, 1024),
-                KernelVariant("avx2", "fdl_bf16_moe_h64_i96__avx2", 2, 4, 512),
+                KernelVariant(
+                    "avx512_bf16", "fdl_bf16_moe_h64_i96__avx512bf16", Blocking(4, 4, (), 1024, 5, 8192), ("because",)
+                ),
+                KernelVariant(
+                    "avx2", "fdl_bf16_moe_h64_i96__avx2", Blocking(2, 2, (NarrowTile(1, 4),), 512, 1, 8192), ()
+                ),
             ),
+            tuning=SAMPLE_TUNING,
         ),
         hardware=HardwareSummary("made-up", "measured", "tests", sample_machine()),
         options=Options("decode", 128, 1, 1 << 20),

@@ -1,9 +1,9 @@
-"""Renders the templates. The text is a function of the experts' form and the instruction sets, and nothing else."""
+"""Renders the templates. The text is a function of the experts' form, the instruction sets and the machine's caches."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -11,8 +11,9 @@ import jinja2
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import KNOWN_ISAS
 
-from ..ir import Activation, ExpertForm, KernelSources, KernelSpec, KernelVariant
+from ..ir import Activation, Blocking, ExpertForm, KernelSources, KernelSpec, KernelVariant, Machine
 from .names import format_name, format_symbol
+from .selection import UNIT_TOKENS, select
 from .targets import TARGETS, Target
 
 _LARGEST = 1 << 20
@@ -26,11 +27,15 @@ def generate(
     *,
     activation: Activation = "silu",
     bias: bool = False,
+    machine: Machine | None = None,
+    blockings: Mapping[str, Blocking] | None = None,
 ) -> KernelSources:
     """The sources of the kernel library of one form of experts: C++, its headers, CMakeLists.txt.
 
     isas  instruction sets to include, of KNOWN_ISAS; None is all of them. Only with "scalar" among them does the
           library run everywhere.
+    machine  whose caches the kernels are cut for (selection.py); None takes typical ones
+    blockings  by instruction set, in place of the cost model's choice
     Raises FiddlerError for sizes outside 1 .. 2^20 and for unknown instruction sets.
     """
     for what, size in (("hidden size", hidden_size), ("intermediate size", intermediate_size)):
@@ -44,7 +49,8 @@ def generate(
         intermediate_size=intermediate_size,
         activation=activation,
         bias=bias,
-        variants=tuple(_variant(target, expert) for target in targets),
+        variants=tuple(_variant(target, expert, machine, blockings or {}) for target in targets),
+        tuning=None,
     )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_templates()),
@@ -60,14 +66,18 @@ def generate(
             "symbol": variant.symbol,
             "check": target.check,
             "element_bytes": target.element_bytes,
-            "tile_tokens": target.tile_tokens,
+            "tile_tokens": variant.blocking.tile_tokens,
             "flags": target.flags,
         }
         for target, variant in zip(targets, spec.variants, strict=True)
     ]
     files = {
         "shape.hpp": environment.get_template("shape.hpp.j2").render(
-            hidden_size=hidden_size, intermediate_size=intermediate_size, activation=activation, bias=bias
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            activation=activation,
+            bias=bias,
+            unit_tokens=UNIT_TOKENS,
         ),
         "library.cpp": environment.get_template("library.cpp.j2").render(
             name=spec.name, variants=variants, description=_description(spec)
@@ -81,11 +91,7 @@ def generate(
             flags=" ".join(target.flags),
             header=target.header,
             policy=target.policy,
-            tile_tokens=variant.tile_tokens,
-            tile_vectors=variant.tile_vectors,
-            narrow_tiles=target.narrow_tiles,
-            k_block=variant.k_block,
-            fetch_tokens=target.fetch_tokens,
+            blocking=variant.blocking,
         )
     files.update(_headers(targets))
     return KernelSources(spec=spec, files=dict(sorted(files.items())))
@@ -113,14 +119,13 @@ def _wanted(isas: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(isa for isa in KNOWN_ISAS if isa in isas)
 
 
-def _variant(target: Target, expert: ExpertForm) -> KernelVariant:
-    return KernelVariant(
-        isa=target.isa,
-        symbol=format_symbol(expert, target.tile_tokens, target.tile_vectors, target.isa),
-        tile_tokens=target.tile_tokens,
-        tile_vectors=target.tile_vectors,
-        k_block=target.k_block,
-    )
+def _variant(
+    target: Target, expert: ExpertForm, machine: Machine | None, blockings: Mapping[str, Blocking]
+) -> KernelVariant:
+    selection = select(target, expert, machine)
+    blocking = blockings.get(target.isa, selection.blocking)
+    symbol = format_symbol(expert, blocking.tile_tokens, blocking.tile_vectors, target.isa)
+    return KernelVariant(target.isa, symbol, blocking, selection.reasons)
 
 
 def _description(spec: KernelSpec) -> str:

@@ -1,4 +1,4 @@
-"""What differs between instruction sets, as data: compiler flags, header, register tile, depth block."""
+"""What differs between instruction sets, as data: compiler flags, header, and what a register tile costs there."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ class Target:
     check           the function of cpu.hpp that asks whether it may run
     flags           the compiler flags of its file, and of no other
     element_bytes   of an activation: 2 (bf16) or 4 (fp32)
-    tile_tokens, tile_vectors  the register tile of many tokens
-    narrow_tiles    (most tokens, vectors): wider rows for fewer tokens
-    k_block         inputs whose weights stay in the second-level cache while several tiles pass over them
-    fetch_tokens    from so many tokens on one pass over the weights fetches them explicitly
+
+    What selection.py counts with, of two consecutive inputs (a pair) of one vector of outputs or one token:
+    lanes           outputs in a vector register; a packed row has 32
+    registers       vector registers that there are
+    constants       of these, held by masks and intermediate products
+    weight_registers, weight_instructions  for a vector's weights of a pair, ready to be multiplied
+    input_registers, input_loads, input_instructions  for a token's pair, in all lanes
+    multiplies      multiply-unit operations for a token's pair and a vector
     """
 
     isa: str
@@ -25,20 +29,23 @@ class Target:
     check: str
     flags: tuple[str, ...]
     element_bytes: int
-    tile_tokens: int
-    tile_vectors: int
-    narrow_tiles: tuple[tuple[int, int], ...]
-    k_block: int
-    fetch_tokens: int
+    lanes: int
+    registers: int
+    constants: int
+    weight_registers: int
+    weight_instructions: int
+    input_registers: int
+    input_loads: int
+    input_instructions: int
+    multiplies: int
 
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 
-# A packed row is 2 zmm or 4 ymm; vectors must divide that.
 TARGETS: dict[str, Target] = {
     target.isa: target
     for target in (
-        # 14 x 2 sums + 2 weights + 1 broadcast = 31 of 32 registers. 1024 inputs x 32 outputs: 64 KiB, twice in any L2.
+        # One vdpbf16ps takes both inputs as they are.
         Target(
             isa="avx512_bf16",
             header="isa_avx512_bf16.hpp",
@@ -46,13 +53,17 @@ TARGETS: dict[str, Target] = {
             check="has_avx512_bf16",
             flags=(*_AVX512, "-mavx512bf16"),
             element_bytes=2,
-            tile_tokens=14,
-            tile_vectors=2,
-            narrow_tiles=(),
-            k_block=1024,
-            fetch_tokens=7,
+            lanes=16,
+            registers=32,
+            constants=0,
+            weight_registers=1,
+            weight_instructions=1,
+            input_registers=1,
+            input_loads=1,
+            input_instructions=1,
+            multiplies=1,
         ),
-        # Each weight vector becomes two (even and odd inputs): 12 x 2 sums + 4 weights + 2 broadcasts = 30 of 32.
+        # A weight vector becomes two, even and odd inputs: a load, a shift, a mask.
         Target(
             isa="avx512f",
             header="isa_avx512f.hpp",
@@ -60,13 +71,16 @@ TARGETS: dict[str, Target] = {
             check="has_avx512f",
             flags=_AVX512,
             element_bytes=4,
-            tile_tokens=12,
-            tile_vectors=2,
-            narrow_tiles=(),
-            k_block=1024,
-            fetch_tokens=4,
+            lanes=16,
+            registers=32,
+            constants=1,
+            weight_registers=2,
+            weight_instructions=3,
+            input_registers=2,
+            input_loads=2,
+            input_instructions=2,
+            multiplies=2,
         ),
-        # 4 x 2 sums + 4 weights + 2 broadcasts = 14 of 16 registers.
         Target(
             isa="avx2",
             header="isa_avx2.hpp",
@@ -74,12 +88,17 @@ TARGETS: dict[str, Target] = {
             check="has_avx2",
             flags=("-mavx2", "-mfma"),
             element_bytes=4,
-            tile_tokens=4,
-            tile_vectors=2,
-            narrow_tiles=((2, 4),),
-            k_block=1024,
-            fetch_tokens=2,
+            lanes=8,
+            registers=16,
+            constants=1,
+            weight_registers=2,
+            weight_instructions=3,
+            input_registers=2,
+            input_loads=2,
+            input_instructions=2,
+            multiplies=2,
         ),
+        # Products and sums apart; a broadcast is a load and a shuffle.
         Target(
             isa="scalar",
             header="isa_scalar.hpp",
@@ -87,11 +106,15 @@ TARGETS: dict[str, Target] = {
             check="always",
             flags=(),
             element_bytes=4,
-            tile_tokens=2,
-            tile_vectors=2,
-            narrow_tiles=(),
-            k_block=1024,
-            fetch_tokens=2,
+            lanes=4,
+            registers=16,
+            constants=2,
+            weight_registers=2,
+            weight_instructions=3,
+            input_registers=2,
+            input_loads=2,
+            input_instructions=4,
+            multiplies=4,
         ),
     )
 }

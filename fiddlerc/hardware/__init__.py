@@ -5,5 +5,16 @@ from __future__ import annotations
 from .calibrate import measure
 from .catalog import catalog_names, load_hardware, verify_calibration, write_hardware
 from .checks import Check, doctor
+from .tuning import require_this_machine, tune
 
-__all__ = ["Check", "catalog_names", "doctor", "load_hardware", "measure", "verify_calibration", "write_hardware"]
+__all__ = [
+    "Check",
+    "catalog_names",
+    "doctor",
+    "load_hardware",
+    "measure",
+    "require_this_machine",
+    "tune",
+    "verify_calibration",
+    "write_hardware",
+]

@@ -43,7 +43,7 @@ _BEYOND = 4
 _GPU_CACHE = 160 * _MIB
 _PROBE_BYTES = 128 * _MIB  # beyond the last-level cache, and read in some milliseconds
 _COPY_BYTES = 64 * _MIB  # enough for a link's full rate
-_PROBE_MS = 2.0
+PROBE_MS = 2.0
 _TORCH_SPINS_S = 0.02  # longer than torch's threads spin after their last work: they would look like other load
 _WARM_UP = 1000  # more than any number of rotated experts that are small enough for this to matter
 _COPY_HIDDEN = 512  # hidden size of the made-up experts that copies of other sizes are measured with
@@ -103,7 +103,7 @@ def measure(
     effort = QUICK if quick else FULL
     session = _Session(effort, len(kernels_by_shape), machine.accelerator.kind != "none", progress)
     threads = cpu_lane_threads(machine.cores, machine.accelerator.kind)
-    cache = _BEYOND * (machine.l3_bytes or _UNKNOWN_CACHE)
+    cache = rotated_bytes(machine)
     samples: list[Sample] = []
 
     with open_device(machine.accelerator.kind) as device:
@@ -120,7 +120,7 @@ def measure(
                 session.watch(kernels)
                 # Weights that lie in a cache are read at the same rate whatever the memory does.
                 session.kernels = kernels if rotated > machine.l3_bytes else None
-                cpu = CpuExpert(kernels, _copies(shape, rotated, machine), limits.cpu_entry_us)
+                cpu = CpuExpert(kernels, rotated_copies(packed_bytes(*shape), rotated, machine), limits.cpu_entry_us)
                 if device.kind == "none":
                     samples += session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa, where)[1]
                     session.kernels = None
@@ -128,7 +128,9 @@ def measure(
                 # A simulated accelerator has a core of the CPU's, and reads the same memory. Each lane is measured
                 # while the other works, as in a layer that has work for both: all the time if weights come from memory.
                 gpu = AcceleratorExpert(
-                    device, library.spec.expert, _copies(shape, _rotated_there(device, rotated), machine)
+                    device,
+                    library.spec.expert,
+                    rotated_copies(packed_bytes(*shape), _rotated_there(device, rotated), machine),
                 )
                 busy = device.kind == "simulated"
                 shared = busy and rotated > machine.l3_bytes
@@ -177,7 +179,7 @@ class _Session:
 
         def probe() -> float:
             time.sleep(_TORCH_SPINS_S)
-            return kernels.peak_gflops(_PROBE_MS)
+            return kernels.peak_gflops(PROBE_MS)
 
         self._guard = Guard(probe)
 
@@ -269,7 +271,7 @@ def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, re
     buffer = torch.ones(max(cache, 128 * _MIB) // 2, dtype=torch.bfloat16)
     with library.open(None, threads, beside_torch=device.kind == "none") as kernels:
         read = regimes.fast_gbps, regimes.slow_gbps, regimes.slow_share
-        peak = max(kernels.peak_gflops(4 * _PROBE_MS) for _ in range(probes))
+        peak = max(kernels.peak_gflops(4 * PROBE_MS) for _ in range(probes))
         hidden = library.spec.hidden_size
         lane = CpuExpert(kernels, 1)
         cpu_entry = _median(after_attention(lane.entry(), 1, hidden, device.torch_device))
@@ -387,9 +389,13 @@ def _sample(
     )
 
 
-def _copies(shape: Shape, rotate_bytes: int, machine: Machine) -> int:
-    """How many experts of that shape to rotate over: `rotate_bytes` of them, in at most a quarter of the memory."""
-    nbytes = packed_bytes(*shape)
+def rotated_bytes(machine: Machine) -> int:
+    """Bytes that weights rotate over, so that they come from memory."""
+    return _BEYOND * (machine.l3_bytes or _UNKNOWN_CACHE)
+
+
+def rotated_copies(nbytes: int, rotate_bytes: int, machine: Machine) -> int:
+    """How many experts of that size to rotate over: `rotate_bytes` of them, in at most a quarter of the memory."""
     return max(1, min(-(-rotate_bytes // nbytes), machine.memory_bytes // 4 // nbytes))
 
 

@@ -5,6 +5,7 @@ Weights are random and rotated, so that they come from where they will come from
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,6 +59,12 @@ class CpuExpert:
         self._pointers = [
             make_pointers([addresses[(first + i) % copies] for i in range(self._experts)]) for first in groups
         ]
+
+    def on(self, kernels: Kernels) -> CpuExpert:
+        """The same weights under another build of the same kernels."""
+        other = copy.copy(self)
+        other._kernels = kernels
+        return other
 
     def timed(self, tokens: int) -> Timed:
         """One expert with that many tokens; microseconds, the lane's entry included."""

@@ -146,6 +146,7 @@ MISTAKES: dict[str, Callable[[Path], list[object]]] = {
     "gpu-memory-unit": lambda f: compile_demo("--gpu-memory", "24 gallons"),
     "context": lambda f: compile_demo("--context", "4096"),
     "unknown-isa": lambda f: compile_demo("--isa", "sse9"),
+    "tune-without-building": lambda f: compile_demo("--tune"),
     "output-is-a-file": lambda f: ["compile", DEMO, "--hw", "a100", "--no-build", "-o", DEMO / "config.json"],
     "newer-plan": lambda f: ["verify", newer_plan(f)],
     "not-a-plan": lambda f: ["inspect", DEMO],

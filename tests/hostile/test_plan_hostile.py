@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from fiddler_runtime import strict
 from fiddler_runtime.errors import FiddlerError
-from fiddler_runtime.plan import FileEntry, Plan, Tables, peek_version, read_plan
+from fiddler_runtime.plan import ABI_VERSION, FileEntry, Plan, Tables, peek_version, read_plan
 from fiddler_runtime.plan.reader import digest
 from fiddler_runtime.plan.tensors import _TYPES, encode_tables
 
@@ -131,13 +131,13 @@ def test_not_a_plan(tmp_path: Path) -> None:
         (b"{}", "format"),
         (b"\xff\xfe", "JSON"),
         (b"[" * 100_000, "JSON"),
-        (b'{"format_major": 3, "format_minor": 0, "format_minor": 0}', "twice"),
-        (b'{"format_major": 3, "format_minor": NaN}', "finite"),
+        (b'{"format_major": 4, "format_minor": 0, "format_minor": 0}', "twice"),
+        (b'{"format_major": 4, "format_minor": NaN}', "finite"),
         (b'{"format_major": ' + b"9" * 5000 + b"}", "JSON"),
         (b'{"format_major": true, "format_minor": 0}', "format"),
         (b'{"format_major": -1, "format_minor": 0}', "format"),
-        (b'{"format_major": 3, "format_minor": 0, "surprise": 1}', "unknown key"),
-        (b'{"format_major": 3, "format_minor": 0}', "missing key"),
+        (b'{"format_major": 4, "format_minor": 0, "surprise": 1}', "unknown key"),
+        (b'{"format_major": 4, "format_minor": 0}', "missing key"),
     ],
 )
 def test_plan_json_of_another_kind(plan: Path, text: bytes, words: str) -> None:
@@ -151,11 +151,11 @@ def test_plan_json_of_a_huge_size_is_not_read(plan: Path) -> None:
     refused(plan, "too large")
 
 
-@pytest.mark.parametrize(("major", "minor"), [(4, 0), (3, 1), (999, 7)])
+@pytest.mark.parametrize(("major", "minor"), [(5, 0), (4, 1), (999, 7)])
 def test_a_newer_format_is_named_even_where_it_cannot_be_read(plan: Path, major: int, minor: int) -> None:
     text = json.dumps({"format_major": major, "format_minor": minor, "unheard": ["of"]})
     (plan / "plan.json").write_text(text)
-    error = refused(plan, "newer format", f"plan format {major}.{minor}", "3.0")
+    error = refused(plan, "newer format", f"plan format {major}.{minor}", "4.0")
     assert error.hint == "pip install --upgrade fiddlerc"
     assert peek_version(plan) == (major, minor)
 
@@ -167,7 +167,7 @@ def test_an_older_format_asks_for_another_compile(plan: Path) -> None:
 
 def test_another_abi(plan: Path) -> None:
     reseal(plan, lambda value: value.update(abi=7))
-    refused(plan, "ABI 7", "ABI 3")
+    refused(plan, "ABI 7", f"ABI {ABI_VERSION}")
 
 
 def test_reformatted_json_is_refused(plan: Path) -> None:
@@ -298,6 +298,11 @@ HEADERS: list[tuple[str, object, str]] = [
     ("model.window", -1, "0 or more"),
     ("model.state_bytes", -1, "0 or more"),
     ("kernels.bias", True, "64 x 96 silu with biases"),
+    ("kernels.tuning.isa", "scalar", "that of the scalar variant"),
+    ("kernels.tuning.threads", 0, "threads"),
+    ("kernels.tuning.tokens", [1], "a speed by token count"),
+    ("kernels.tuning.candidates", [], "0 chosen"),
+    ("kernels.tuning.candidates", None, "a list"),
     ("model.identity", {"a": None}, "identity"),
     ("model.identity", {"a": [1]}, "identity"),
     ("model.non_expert_bytes", -1, "0 or more"),

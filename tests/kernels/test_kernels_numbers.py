@@ -18,7 +18,7 @@ LARGE = (256, 1408)  # with some hundred tokens more than one thread is given to
 def token_counts(kernels: Kernels) -> tuple[int, ...]:
     """None, one, around the register tile, several tiles, and more than one chunk of tokens."""
     variant = next(v for v in kernels.library.spec.variants if v.isa == kernels.isa)
-    tile = variant.tile_tokens
+    tile = variant.blocking.tile_tokens
     return tuple(sorted({0, 1, tile - 1, tile, tile + 1, 2 * tile + 1, 33, 300}))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_samples import FILES, sample_header, sample_model, sample_tables
 
-from fiddler_runtime.plan import KernelSpec, KernelVariant, PlacementSummary, Tables, read_plan, write_plan
+from fiddler_runtime.plan import Blocking, KernelSpec, KernelVariant, PlacementSummary, Tables, read_plan, write_plan
 from fiddler_runtime.plan.tensors import decode_tables, encode_tables
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -57,7 +57,15 @@ def test_plans_survive(seed: int, layers: int, experts: int, grid: int, text: st
     residents = int(tables.resident.sum())
     header = sample_header(
         model=model,
-        kernels=KernelSpec("k", hidden, intermediate, "silu", False, (KernelVariant("scalar", "k_scalar", 1, 1, 1),)),
+        kernels=KernelSpec(
+            "k",
+            hidden,
+            intermediate,
+            "silu",
+            False,
+            (KernelVariant("scalar", "k_scalar", Blocking(1, 1, (), 1, 1, 1), ()),),
+            None,
+        ),
         memory=(),
         placement=PlacementSummary(
             text, "popularity", residents, layers * experts, data.draw(st.floats(0, 1)), 0.5, {}

@@ -17,6 +17,7 @@ from .schema import (
     BUILD_FILE,
     HEADER,
     TABLES,
+    Blocking,
     ExpertForm,
     ExpertTensors,
     FileEntry,
@@ -225,7 +226,29 @@ def _check_kernels(kernels: KernelSpec, model: ModelSpec) -> None:
     for variant in kernels.variants:
         if variant.isa not in KNOWN_ISAS:
             raise _bad("kernels.variants", f"the instruction set {variant.isa!r}", "one of " + ", ".join(KNOWN_ISAS))
-        _not_negative(f"kernels.{variant.symbol}", variant.tile_tokens, variant.tile_vectors, variant.k_block)
+        _check_blocking(f"kernels.{variant.symbol}", variant.blocking)
+    tuning = kernels.tuning
+    if tuning is None:
+        return
+    chosen = [candidate.blocking for candidate in tuning.candidates if candidate.chosen]
+    if chosen != [variant.blocking for variant in kernels.variants if variant.isa == tuning.isa]:
+        raise _bad("kernels.tuning", f"{len(chosen)} chosen blockings", f"one, that of the {tuning.isa} variant")
+    _between("kernels.tuning.threads", tuning.threads, 1, MAX_SIZE)
+    _between("kernels.tuning.rounds", tuning.rounds, 1, MAX_SIZE)
+    for candidate in tuning.candidates:
+        _check_blocking("kernels.tuning", candidate.blocking)
+        if len(candidate.speed) != len(tuning.tokens) or not 0 < candidate.low <= candidate.median <= candidate.high:
+            raise _bad(
+                "kernels.tuning", f"the figures of {candidate.change!r}"[:80], "a speed by token count, quartiles"
+            )
+
+
+def _check_blocking(where: str, blocking: Blocking) -> None:
+    for name in ("tile_tokens", "tile_vectors", "k_block", "fetch_tokens", "fetch_bytes"):
+        _between(f"{where}.{name}", getattr(blocking, name), 1, MAX_SIZE)
+    steps = [0, *(tile.tokens for tile in blocking.narrow_tiles), blocking.tile_tokens]
+    if any(a >= b for a, b in pairwise(steps)) or any(tile.vectors < 1 for tile in blocking.narrow_tiles):
+        raise _bad(f"{where}.narrow_tiles", f"{len(steps) - 2} tiles", "ever more tokens, below tile_tokens")
 
 
 def _check_machine(header: Header) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..machine import Machine
 
-FORMAT_MAJOR = 3
+FORMAT_MAJOR = 4
 FORMAT_MINOR = 0
 ABI_VERSION = 4
 LAYOUT_VERSION = 1
@@ -156,19 +156,73 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class NarrowTile:
+    """Up to so many tokens, so many vectors of outputs beside each other."""
+
+    tokens: int
+    vectors: int
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """How a kernel cuts its work (docs/kernels.md, Selection).
+
+    tile_tokens, tile_vectors  the register tile: tokens x vectors of outputs
+    narrow_tiles  wider tiles that fewer tokens leave registers for, by increasing tokens
+    k_block       inputs whose weights stay in the second-level cache while several tiles pass over them
+    fetch_tokens  from so many tokens on one pass over the weights fetches them explicitly, fetch_bytes ahead
+    """
+
+    tile_tokens: int
+    tile_vectors: int
+    narrow_tiles: tuple[NarrowTile, ...]
+    k_block: int
+    fetch_tokens: int
+    fetch_bytes: int
+
+
+@dataclass(frozen=True)
 class KernelVariant:
-    """One instruction set's kernel. tile_tokens x tile_vectors is its register tile; k_block its depth blocking."""
+    """One instruction set's kernel. reasons: why it is cut as it is, in words."""
 
     isa: str
     symbol: str
-    tile_tokens: int
-    tile_vectors: int
-    k_block: int
+    blocking: Blocking
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TunedCandidate:
+    """One blocking that `compile --tune` measured.
+
+    change    what differs from the one that the cost model chose, in words; empty for that one itself
+    speed     times as fast as that one, by token count: medians over rounds
+    median, low, high  of the rounds' geometric means over the token counts: median and quartiles
+    """
+
+    change: str
+    blocking: Blocking
+    speed: tuple[float, ...]
+    median: float
+    low: float
+    high: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `compile --tune` measured, on the plan's machine; the cost model's choice first."""
+
+    isa: str
+    threads: int
+    tokens: tuple[int, ...]
+    rounds: int
+    candidates: tuple[TunedCandidate, ...]
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """The generated kernels of one form of experts."""
+    """The generated kernels of one form of experts. tuning: None where the cost model's word was taken."""
 
     name: str
     hidden_size: int
@@ -176,6 +230,7 @@ class KernelSpec:
     activation: Activation
     bias: bool
     variants: tuple[KernelVariant, ...]
+    tuning: Tuning | None
 
     @property
     def expert(self) -> ExpertForm:
