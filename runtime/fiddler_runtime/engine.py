@@ -7,15 +7,18 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from . import strategies as rules
 from .ahead import Ahead
+from .captured.layers import CapturedLayers
 from .counters import PHASES, Counters, Phase
 from .dispatch import Dispatcher
 from .drift import LANES, Drift
@@ -117,6 +120,8 @@ class Engine:
         if setup.streaming:
             lane = StreamedLane(self._device, self.spec.expert, prefetch="prefetch" in setup.features)
         self._lanes = AcceleratorLanes(self._device, self._store, lane)
+        self._tables = tables
+        self._captured: CapturedLayers | None = None
         self._drift = Drift(self.plan)
         self._description = self._describe()
 
@@ -137,6 +142,9 @@ class Engine:
         Raises FiddlerError for an unknown layer or wrong shapes, and after `close` or fork.
         """
         row = self._check(layer, hidden, topk_ids, topk_weights)
+        captured = self._captured
+        if captured is not None and captured.within():
+            return captured.moe(row, hidden, topk_ids, topk_weights).to(hidden.dtype)
         if hidden.shape[0] == 0:
             return torch.empty_like(hidden)
         with self._lock:
@@ -222,15 +230,50 @@ class Engine:
         layer_us = (time.perf_counter_ns() - started) / 1e3
         actual = (cpu_us, accelerator_us)
         self._counters.add(self._phase, calls, strategy, decided.counts, decided.lane_us, actual, layer_us)
-        self._watch(actual)
+        self._watch(decided.lane_us, actual)
         if lent is not None:
             self._counters.prefetch_used += int(strategy[lent] == RESIDENT)
         self._counters.prefetched += ahead is not None
         return out
 
-    def _watch(self, actual_us: tuple[float, float]) -> None:
+    @contextmanager
+    def captured(self) -> Iterator[CapturedLayers]:
+        """Steps whose layers run without Python between them; while the context is open, `moe` waits in other threads.
+
+        Raises FiddlerError where there is no such thing: without an accelerator, or where experts may neither be resident
+        nor run on the CPU. What each step did is counted at the end.
+        """
+        with self._lock:
+            if self._closed:
+                raise FiddlerError("the engine is closed", found="a captured step after close()")
+            if self._captured is None:
+                allow = [strategy for strategy in self.strategies if strategy != "streamed"]
+                if "cpu" not in allow and not self._tables.resident.all():
+                    raise FiddlerError(
+                        "experts that are not resident have no lane in captured steps, which stream none",
+                        found="strategies " + ",".join(self.strategies),
+                        expected="cpu among them",
+                        hint="--strategies resident,cpu",
+                    )
+                decided = Dispatcher(self._library, self._tables, self.spec.num_experts, allow=allow)
+                self._captured = CapturedLayers(self.spec, self._device, self._store, self._kernels, decided)
+            yield self._captured
+            self._count_captured(self._captured)
+
+    def _count_captured(self, captured: CapturedLayers) -> None:
+        """Notes the last step's layers. How long the accelerator took for each nobody knows: it counts as idle."""
+        step = captured.step
+        for row in range(len(step.strategy)):
+            cpu_us = float(step.cpu_ns[row]) / 1e3
+            calls = np.bincount(step.strategy[row], minlength=SPLIT + 1)
+            predicted = np.array([step.lane_us[row, 0], 0.0], np.float32)
+            actual = (cpu_us if calls[CPU] else 0.0, 0.0)
+            self._counters.add(self._phase, calls, step.strategy[row], step.counts[row], predicted, actual, cpu_us)
+            self._watch(predicted, actual)
+
+    def _watch(self, predicted_us: npt.NDArray[np.float32], actual_us: tuple[float, float]) -> None:
         """Warns, once, when a lane is not as fast or slow as the plan says."""
-        for lane, predicted, actual in zip(LANES, self._dispatcher.lane_us.tolist(), actual_us, strict=True):
+        for lane, predicted, actual in zip(LANES, predicted_us.tolist(), actual_us, strict=True):
             # On a GPU the queue's thread is done before the GPU is: its time is not the lane's.
             if predicted > 0 and not (lane == "accelerator" and self._device.kind == "cuda"):
                 self._drift.note(lane, predicted, actual)
@@ -282,6 +325,8 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+            if self._captured is not None:
+                self._captured.close()
             self._device.close()
             self._store.close()
             self._kernels.close()

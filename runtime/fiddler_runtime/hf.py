@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import strategies as rules
+from .captured.forward import CapturedForward
 from .checkpoint import check_identity, read_config
 from .engine import Engine
 from .errors import FiddlerError
@@ -39,6 +40,7 @@ def load(
     isa: str | None = None,
     attn_implementation: str | None = None,
     packed_cache: bool | str | Path = False,
+    capture: bool = False,
     progress: Progress | None = None,
     on_preflight: Callable[[Preflight], None] | None = None,
 ) -> Any:
@@ -48,6 +50,9 @@ def load(
     them, in bf16. `model.fiddler` is the Engine: its counters, and `close()` when the model is no longer needed.
 
     experts       the ONNX file that has them, for a plan compiled from one: only the rest is read from model_dir
+    capture       decode steps of up to 16 tokens (a batch, its beams) are captured and run without Python between their
+                  layers, on a static cache (docs/runtime.md): `model.captured.steps` counts them. Steps that cannot be
+                  captured run as ever, with a warning. Experts are then resident or on the CPU, never streamed
     on_preflight  is told what is needed before anything large begins
     The other arguments are the Engine's. Raises FiddlerError, among others for a model that is not the plan's, a
     checkpoint that lacks a tensor, too little memory.
@@ -89,6 +94,8 @@ def load(
             module.engine = engine
     model.register_forward_pre_hook(_note_phase, with_kwargs=True)
     model.fiddler = engine
+    if capture:
+        model.forward = model.captured = CapturedForward(model, engine)
     return model
 
 
@@ -163,6 +170,12 @@ def _without_experts(base: Any, spec: ModelSpec) -> Any:
             # Runs on the meta device: the experts that are made here and dropped take no memory.
             super().__init__(*args, **kwargs)
             _replace_experts(self, spec)
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            if hasattr(self, "captured") and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
+                # Compiling would take the capture's place.
+                kwargs = {"cache_implementation": "static", "disable_compile": True, **kwargs}
+            return super().generate(*args, **kwargs)
 
         def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
             raise FiddlerError(

@@ -6,24 +6,48 @@ same decisions, data movement and waiting without a GPU; nothing timed on it is 
 
 from __future__ import annotations
 
+import concurrent.futures
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
 from ..errors import FiddlerError, FiddlerWarning
 from ..machine import AcceleratorKind
 from .expert import UnpackedExpert, run_expert, unpack_expert, unpack_expert_into
+from .recording import CannotCapture, Recording
 from .worker import Worker
 
-__all__ = ["Device", "Ticket", "UnpackedExpert", "open_device", "run_expert", "unpack_expert", "unpack_expert_into"]
+__all__ = ["CannotCapture", "Device", "Ticket", "UnpackedExpert", "open_device", "run_expert", "unpack_expert", "unpack_expert_into"]
 
 R = TypeVar("R")
 Ticket = Any
 """A moment in a queue that another queue can wait for: a Future, a CUDA event, or None (already past)."""
+
+
+class Launched(ABC):
+    """Captured work on its way."""
+
+    @abstractmethod
+    def wait(self, seconds: float) -> bool:
+        """Whether it is done, after waiting for it for at most so long. Raises what it raised."""
+
+
+class Graph(ABC, Generic[R]):
+    """Work that was captured once and is launched again without Python: on the same memory, with the same shapes.
+
+    result  what the captured function returned; each launch overwrites its tensors
+    """
+
+    result: R
+
+    @abstractmethod
+    def launch(self) -> Launched:
+        """Starts it, after what the caller's current stream has been given; returns at once."""
 
 
 class Device(ABC):
@@ -62,6 +86,13 @@ class Device(ABC):
     @abstractmethod
     def mark(self) -> Ticket:
         """Inside submitted work: a ticket that is past when everything before it has run."""
+
+    @abstractmethod
+    def capture(self, fn: Callable[[], R]) -> tuple[Graph[R], Launched]:
+        """fn() as a graph, and its first run, launched. fn's work goes to the current stream and depends on no value.
+
+        Raises CannotCapture for what cannot be captured; some of fn may have been run then, on a simulated device.
+        """
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -136,6 +167,11 @@ class SimulatedDevice(Device):
     def mark(self) -> Ticket:
         return None
 
+    def capture(self, fn: Callable[[], R]) -> tuple[Graph[R], Launched]:
+        recording = self._compute.submit(_without_grad, Recording, (fn,)).result()
+        graph = _RecordedGraph(recording, self._compute)
+        return graph, _Past()
+
     def synchronize(self) -> None:
         self._compute.submit(_nothing).result()
         if self._last_copy is not None:
@@ -206,6 +242,10 @@ class CudaDevice(Device):
         event.record(self._compute)
         return event
 
+    def capture(self, fn: Callable[[], R]) -> tuple[Graph[R], Launched]:
+        graph = _CudaGraph(fn, self.torch_device)
+        return graph, graph.launch()
+
     def synchronize(self) -> None:
         self._launcher.submit(_nothing).result()
         self._copies.synchronize()
@@ -258,11 +298,80 @@ class NoDevice(Device):
     def mark(self) -> Ticket:
         raise self._refuse()
 
+    def capture(self, fn: Callable[[], R]) -> tuple[Graph[R], Launched]:
+        raise self._refuse()
+
     def synchronize(self) -> None:
         """There is nothing to wait for."""
 
     def close(self) -> None:
         """There is nothing to end."""
+
+
+class _RecordedGraph(Graph[R]):
+    """On the simulated device: in its compute queue."""
+
+    def __init__(self, recording: Recording[R], queue: Worker) -> None:
+        self.result = recording.result
+        self._recording = recording
+        self._queue = queue
+
+    def launch(self) -> Launched:
+        return _InQueue(self._queue.submit(self._recording.replay))
+
+
+class _InQueue(Launched):
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self, seconds: float) -> bool:
+        try:
+            self._future.result(seconds)
+        except concurrent.futures.TimeoutError:
+            return False
+        return True
+
+
+class _Past(Launched):
+    def wait(self, seconds: float) -> bool:
+        return True
+
+
+class _CudaGraph(Graph[R]):
+    """A CUDA graph of fn(), captured on a stream of its own, launched on the caller's."""
+
+    def __init__(self, fn: Callable[[], R], device: torch.device) -> None:
+        self._device = device
+        self._graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: the other threads of the engine may use the device meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"), torch.inference_mode():
+                self.result = fn()
+        except RuntimeError as error:  # torch's, for everything that the driver forbids in a capture
+            raise CannotCapture("this cannot be captured", found=str(error).splitlines()[0]) from error
+
+    def launch(self) -> Launched:
+        self._graph.replay()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(self._device))
+        return _AfterEvent(done)
+
+
+class _AfterEvent(Launched):
+    """By looking: a call that waits for the event could not be left if the stream hung, and would spin on a CPU."""
+
+    _LOOK_S = 5e-5
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def wait(self, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while not self._event.query():
+            if time.monotonic() > until:
+                return False
+            time.sleep(self._LOOK_S)
+        return True
 
 
 def _without_grad(fn: Callable[..., R], args: tuple[Any, ...]) -> R:

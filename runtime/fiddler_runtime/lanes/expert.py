@@ -74,9 +74,13 @@ def run_expert(
     hidden bf16 [T, H]; rows int64 [n]; weights fp32 [n]; out fp32 [T, H]. Intermediates are bf16, as in transformers;
     the weighted sum over experts is fp32.
     """
-    gate, up = F.linear(hidden.index_select(0, rows), expert.gate_up, expert.gate_up_bias).chunk(2, dim=-1)
-    result = F.linear(activate(expert.activation, gate, up), expert.down, expert.down_bias)
-    out.index_add_(0, rows, result * weights.unsqueeze(1))
+    out.index_add_(0, rows, expert_result(hidden.index_select(0, rows), expert) * weights.unsqueeze(1))
+
+
+def expert_result(hidden: torch.Tensor, expert: UnpackedExpert) -> torch.Tensor:
+    """expert(hidden), bf16 [n, H] -> bf16 [n, H]."""
+    gate, up = F.linear(hidden, expert.gate_up, expert.gate_up_bias).chunk(2, dim=-1)
+    return F.linear(activate(expert.activation, gate, up), expert.down, expert.down_bias)
 
 
 def activate(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

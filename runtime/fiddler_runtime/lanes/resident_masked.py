@@ -1,0 +1,31 @@
+"""Lane (a) where nothing may depend on the routing: within a captured step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .expert import UnpackedExpert, expert_result
+
+
+def run_resident_masked(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    experts: Mapping[int, UnpackedExpert],
+    out: torch.Tensor,
+) -> None:
+    """Adds the resident experts' share to out fp32 [T, H]: every resident expert computes every token, and what a token did
+    not choose counts nothing.
+
+    hidden bf16 [T, H]; ids integer and weights fp32 [T, k]. So all residents of a layer are read in each step: with few of
+    them that is little beside the CPU lane, with many it is not (a kernel that takes the ids on the device reads only those
+    that were chosen: the place for it is here).
+    """
+    for expert in sorted(experts):
+        chosen = ids == expert
+        weight = (weights * chosen).sum(-1, keepdim=True)
+        share = expert_result(hidden, experts[expert]) * weight
+        # Not by its weight of 0 alone: 0 times an infinity of another token's result would be no number.
+        out.add_(torch.where(chosen.any(-1, keepdim=True), share, 0.0))
