@@ -240,8 +240,8 @@ class Engine:
     def captured(self) -> Iterator[CapturedLayers]:
         """Steps whose layers run without Python between them; while the context is open, `moe` waits in other threads.
 
-        Raises FiddlerError where there is no such thing: without an accelerator, or where experts may neither be resident
-        nor run on the CPU. What each step did is counted at the end.
+        Raises FiddlerError where there is no such thing: without an accelerator, or where experts may neither be
+        resident nor run on the CPU. What each step did is counted at the end.
         """
         with self._lock:
             if self._closed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -21,68 +22,87 @@ def open_entry(device: torch.device) -> Entry:
     Warns (FiddlerWarning) for the latter, with the reason. Raises FiddlerError if there is no driver.
     """
     driver = Driver()
-    reason = f"the driver (CUDA {driver.version() // 1000}.{driver.version() % 1000 // 10}) has none for this GPU"
-    if driver.has_memory_operations(device.index or 0):
-        flags = StreamFlags(driver, lambda: _handle(torch.cuda.current_stream(device)))
-        failure = _probe(flags, device)
-        if failure is None:
-            return flags
-        reason = failure
+
+    def flags() -> StreamFlags:
+        return StreamFlags(driver, lambda: int(torch.cuda.current_stream(device).cuda_stream))
+
+    def functions() -> HostFunction:
+        beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return HostFunction(
+            driver,
+            lambda: int(beside.cuda_stream),
+            fork=lambda: beside.wait_stream(torch.cuda.current_stream(device)),
+            merge=lambda: torch.cuda.current_stream(device).wait_stream(beside),
+        )
+
+    return choose(driver, device.index or 0, flags, functions, lambda entry: probe(entry, device))
+
+
+def choose(
+    driver: Driver,
+    ordinal: int,
+    flags: Callable[[], StreamFlags],
+    functions: Callable[[], HostFunction],
+    probe: Callable[[StreamFlags], str | None],
+) -> Entry:
+    """The decision of `open_entry`, with its means. probe: why a captured graph does not carry flags out, or None."""
+    version = driver.version()
+    reason: str | None = f"the driver, CUDA {version // 1000}.{version % 1000 // 10}, has none for this GPU"
+    if driver.has_memory_operations(ordinal):
+        entry = flags()
+        reason = probe(entry)
+        if reason is None:
+            return entry
     warnings.warn(
         f"captured steps enter the CPU lane through host functions, which take longer: no stream memory operations "
         f"({reason})",
         FiddlerWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
-    beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def fork() -> None:
-        beside.wait_stream(torch.cuda.current_stream(device))
-
-    def merge() -> None:
-        torch.cuda.current_stream(device).wait_stream(beside)
-
-    return HostFunction(driver, lambda: _handle(beside), fork, merge)
+    return functions()
 
 
-def _probe(flags: StreamFlags, device: torch.device) -> str | None:
-    """None if a captured graph writes a flag that the host sees, and sees the one that the host writes; else why not."""
+def probe(entry: StreamFlags, device: torch.device) -> str | None:
+    """None if a captured graph writes a flag that the host sees, and waits for one that the host writes; else why not.
+
+    Raises FiddlerError if the GPU keeps waiting for a flag that was written: then nothing can be run on it any more.
+    """
     mailbox = Mailbox(1, 1, 1)
-    asked, answered = (mailbox.memory.view(torch.int32)[at] for at in (0, (mailbox.answered - mailbox.asked) // 4))
+    flags = mailbox.memory.view(torch.int32)
+    asked, answered = flags[:1], flags[(mailbox.answered - mailbox.asked) // 4 :][:1]
     try:
-        flags.prepare(mailbox)
+        entry.prepare(mailbox)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            flags.ask(0)
-            flags.answer(0)
+            entry.ask(0)
+            entry.answer(0)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         graph.replay()
-        done.record()
-        until = time.monotonic() + _PROBE_S
-        while int(asked) != 1 and time.monotonic() < until:
-            time.sleep(1e-4)
-        seen, early = int(asked) == 1, done.query()
-        answered.fill_(1)  # whatever came of it: the stream must not be left waiting
-        while not done.query() and time.monotonic() < until + _PROBE_S:
-            time.sleep(1e-4)
-        if not done.query():
-            # The flag stays mapped: a stream may be waiting for it.
-            raise FiddlerError(
-                "the GPU waits for a flag that was written and does not see it",
-                found=f"no answer in {_PROBE_S:g} s",
-                expected="host memory that is coherent with the GPU",
-                hint="load the model without capture",
-            )
-        flags.close()
-        if not seen or early:
-            return "a captured write did not reach the host" if not seen else "a captured wait did not wait"
+        done.record(torch.cuda.current_stream(device))
     except (RuntimeError, FiddlerError) as error:
-        if isinstance(error, FiddlerError) and "does not see it" in error.what:
-            raise
-        flags.close()
+        entry.close()
         return str(error).splitlines()[0]
-    return None
+    seen = _within(_PROBE_S, lambda: int(asked) == 1)
+    early = bool(done.query())  # type: ignore[no-untyped-call]
+    answered.fill_(1)
+    if not _within(_PROBE_S, lambda: bool(done.query())):  # type: ignore[no-untyped-call]
+        # The memory stays registered: a stream is waiting for it.
+        raise FiddlerError(
+            "the GPU waits for a flag that was written, and does not see it",
+            found=f"no answer in {_PROBE_S:g} s",
+            expected="host memory that is coherent with the GPU",
+            hint="load the model without capture",
+        )
+    entry.close()
+    if not seen:
+        return "a captured write did not reach the host"
+    return "a captured wait did not wait" if early else None
 
 
-def _handle(stream: torch.cuda.Stream) -> int:
-    return int(stream.cuda_stream)
+def _within(seconds: float, happened: Callable[[], bool]) -> bool:
+    until = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > until:
+            return False
+        time.sleep(1e-4)
+    return True

@@ -1,7 +1,7 @@
 """How a stream enters the CPU lane: three ways, one contract.
 
-Within captured work `start` comes first; then for each layer `ask`, once its tokens are in the mailbox, and `answer`, before
-what the CPU lane left there is read. What the stream is given between the two runs beside the CPU lane.
+Within captured work `start` comes first; then for each layer `ask`, once its tokens are in the mailbox, and `answer`,
+before what the CPU lane left there is read. What the stream is given between the two runs beside the CPU lane.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Entry(ABC):
     name: str
     polled: bool
 
-    def prepare(self, mailbox: Mailbox) -> None:
+    def prepare(self, mailbox: Mailbox) -> None:  # noqa: B027
         """Makes the mailbox accessible to the stream. Raises FiddlerError if that is refused."""
 
-    def attach(self, step: NativeStep) -> None:
+    def attach(self, step: NativeStep) -> None:  # noqa: B027
         """Says which step the stream will enter."""
 
     @abstractmethod
@@ -42,7 +42,7 @@ class Entry(ABC):
     def answer(self, row: int) -> None:
         """What follows needs the CPU lane's share of the row."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Undoes `prepare`; after the last step."""
 
 

@@ -1,4 +1,4 @@
-"""A model's decode steps, captured: what stands for its `forward`. Knows transformers' caches by their attributes only."""
+"""A model's decode steps, captured: what stands for its `forward`. Knows transformers' caches by their attributes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ _Key = tuple[Any, ...]
 
 
 class CapturedForward:
-    """Calls of a causal model's forward: decode steps on a static cache are captured and replayed, all others run as ever.
+    """Calls of a causal model's forward: decode steps on a static cache are captured and replayed.
 
-    The first step of its shape runs the plain path, which warms everything up; the second is captured; the others are
-    replays: their inputs are copied to where the captured step reads them, and the cache's tensors are the captured ones.
+    All other calls run as ever. Of a shape the first step runs the plain path, which warms everything up; the second is
+    captured; the others are replays: their inputs are copied to where the captured step reads them, and the cache's
+    tensors are the captured ones. So a text's cache is overwritten by the next text of the same shape.
 
     steps   {"captured": captures, "replayed": replays, "plain": decode steps that ran the plain path}
     reasons why they did; a warning (FiddlerWarning) told each once
@@ -82,7 +83,10 @@ class CapturedForward:
         return self._forward(**kwargs)
 
     def _capture(self, call: _Call) -> Any:
-        """Captures the step, which is its first run too; returns its result. Raises CannotCapture, with nothing changed."""
+        """Captures the step, which is its first run too, and returns its result.
+
+        Raises CannotCapture, with nothing changed.
+        """
         # The step reads its inputs and the cache where they lie now.
         inputs = [tensor.clone() for tensor in call.tensors]
         forward = functools.partial(self._forward, **call.with_tensors(inputs))
@@ -124,7 +128,7 @@ class _Step:
     cache: _CacheState
 
     def take(self, call: _Call) -> None:
-        """Copies a call's inputs, and the cache's tensors if they are others (a new cache; beams that were reordered)."""
+        """Copies a call's inputs, and the cache's tensors if they are others: a new cache, or reordered beams."""
         for mine, given in zip(self.inputs, call.tensors, strict=True):
             mine.copy_(given)
         self.cache.adopt(call.cache)
@@ -134,7 +138,7 @@ class _Call:
     """A decode step's arguments, parted into tensors and the rest, which with all shapes is the key."""
 
     def __init__(self, kwargs: dict[str, Any]) -> None:
-        self.cache = kwargs.get(_CACHE)
+        self.cache: Any = kwargs.get(_CACHE)
         others = {name: value for name, value in sorted(kwargs.items()) if name != _CACHE}
         leaves, self._structure = pytree.tree_flatten(others)
         self._leaves = leaves

@@ -1,4 +1,4 @@
-"""The MoE layers of a captured step: resident experts in the stream, all others in the CPU lane that the stream enters."""
+"""The MoE layers of a captured step: resident experts in the stream, the others in the CPU lane that it enters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from ..dispatch import Dispatcher
 from ..errors import FiddlerError
 from ..kernels import Kernels
-from ..lanes.device import Device, Graph, Launched
+from ..lanes.device import CannotCapture, Device, Graph, Launched
 from ..lanes.resident_masked import run_resident_masked
 from ..plan import ModelSpec
 from ..store import ExpertStore
@@ -64,7 +64,7 @@ class CapturedLayers:
             raise
         self.entry.attach(self.step)
         self._within: int | None = None
-        self._started = False
+        self._asked = 0  # layers of the step that is being captured
 
     def within(self) -> bool:
         """Whether the calling thread is capturing: its calls of Engine.moe belong here."""
@@ -73,9 +73,11 @@ class CapturedLayers:
     def moe(self, row: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One layer, within captured work: fp32 [T, H] on the device. Shapes and dtypes as for Engine.moe."""
         tokens, box, device = hidden.shape[0], self.step.mailbox, self._device.torch_device
-        if not self._started:
+        if self._asked == 0:
             self.entry.start()
-            self._started = True
+        if self._asked == len(self._store.packed):
+            raise CannotCapture("more MoE layers in a step than the model has", found=f"another after {self._asked}")
+        self._asked += 1
         there, scale = hidden.to(device=device, dtype=torch.bfloat16), weights.to(device=device, dtype=torch.float32)
         box.hidden[:tokens].copy_(there, non_blocking=True)
         box.ids[:tokens].copy_(ids, non_blocking=True)
@@ -91,8 +93,9 @@ class CapturedLayers:
 
         Raises CannotCapture for what `forward` may not do; then nothing is in the way of the plain path.
         """
+
         def work() -> R:
-            self._within, self._started = threading.get_ident(), False
+            self._within, self._asked = threading.get_ident(), 0
             try:
                 return forward()
             finally:
@@ -101,12 +104,15 @@ class CapturedLayers:
         with self._running(tokens):
             graph, launched = self._device.capture(work)
             self._wait(launched)
-        return Captured(tokens, graph)
+        captured = Captured(tokens, self._asked, graph)
+        self.step.end(captured.layers)
+        return captured
 
     def replay(self, captured: Captured[R]) -> R:
         """Runs a captured step again; its result is overwritten by the next run."""
         with self._running(captured.tokens):
             self._wait(captured.graph.launch())
+        self.step.end(captured.layers)
         return captured.graph.result
 
     @contextmanager
@@ -118,7 +124,6 @@ class CapturedLayers:
             # What the step's own status would say is less than this.
             self.step.abandon()
             raise
-        self.step.end()
 
     def _wait(self, launched: Launched) -> None:
         """Until the stream's end. Raises FiddlerError if the stream does not get there though the step was given up."""
@@ -140,9 +145,10 @@ class CapturedLayers:
 
 @dataclass(frozen=True)
 class Captured(Generic[R]):
-    """A captured step of so many tokens."""
+    """A captured step of so many tokens and MoE layers."""
 
     tokens: int
+    layers: int
     graph: Graph[R]
 
 

@@ -117,13 +117,13 @@ class NativeStep:
         """A step of so many tokens is about to start. Raises FiddlerError after a step that failed."""
         self._library.check(self._native.fdl_step_begin(self._open(), tokens), "begin a captured step")
 
-    def end(self) -> None:
-        """The step's stream has ended. Raises FiddlerError if the step failed."""
-        self._library.check(self._native.fdl_step_end(self._open()), "run a captured step")
+    def end(self, layers: int) -> None:
+        """The step's stream has ended, having asked for so many layers. Raises FiddlerError if the step failed."""
+        self._library.check(self._native.fdl_step_end(self._open(), layers), "run a captured step")
 
     def abandon(self) -> None:
         """As `end`, after another error: whatever the step's status."""
-        self._native.fdl_step_end(self._open())
+        self._native.fdl_step_end(self._open(), 0)
 
     @property
     def failed(self) -> bool:
@@ -165,7 +165,7 @@ def declared(native: Any) -> Any:
         "fdl_step_open": (c_int32, (c_void_p, POINTER(_Setup), POINTER(c_void_p))),
         "fdl_step_close": (None, (c_void_p,)),
         "fdl_step_begin": (c_int32, (c_void_p, c_int64)),
-        "fdl_step_end": (c_int32, (c_void_p,)),
+        "fdl_step_end": (c_int32, (c_void_p, c_int32)),
         "fdl_step_status": (c_int32, (c_void_p,)),
         "fdl_step_layer": (c_void_p, (c_void_p, c_int32)),
         "fdl_step_serve": (None, (c_void_p,)),

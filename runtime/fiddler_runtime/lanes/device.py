@@ -22,7 +22,16 @@ from .expert import UnpackedExpert, run_expert, unpack_expert, unpack_expert_int
 from .recording import CannotCapture, Recording
 from .worker import Worker
 
-__all__ = ["CannotCapture", "Device", "Ticket", "UnpackedExpert", "open_device", "run_expert", "unpack_expert", "unpack_expert_into"]
+__all__ = [
+    "CannotCapture",
+    "Device",
+    "Ticket",
+    "UnpackedExpert",
+    "open_device",
+    "run_expert",
+    "unpack_expert",
+    "unpack_expert_into",
+]
 
 R = TypeVar("R")
 Ticket = Any
@@ -367,7 +376,7 @@ class _AfterEvent(Launched):
 
     def wait(self, seconds: float) -> bool:
         until = time.monotonic() + seconds
-        while not self._event.query():
+        while not self._event.query():  # type: ignore[no-untyped-call]
             if time.monotonic() > until:
                 return False
             time.sleep(self._LOOK_S)

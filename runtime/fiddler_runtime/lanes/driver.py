@@ -1,8 +1,8 @@
-"""The few functions of NVIDIA's driver that torch does not offer, through ctypes: memory that a stream writes flags in and
-waits for, functions of the host in a stream, and registering host memory.
+"""The few functions of NVIDIA's driver that torch does not offer, through ctypes: flags that a stream writes and waits
+for, functions of the host in a stream, and registering host memory.
 
-Symbols, constants and their meaning: CUDA Driver API 13.0, cuda.h. Nothing here has been run on a GPU by this project; the tests
-run it on a library of their own with the same functions (tests/fake_driver).
+Symbols, constants and their meaning: CUDA Driver API 13.0, cuda.h. Nothing here has been run on a GPU by this project;
+the tests run it on a library of their own with the same functions (tests/fake_driver).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ _MEMORY_OPERATIONS: dict[str, tuple[Any, ...]] = {
 class Driver:
     """A loaded and initialised driver. Streams are handles (torch.cuda.Stream.cuda_stream), addresses are integers.
 
-    Methods raise FiddlerError with the driver's own words. Raises FiddlerError if there is no driver, or one that lacks a
-    function which every driver since CUDA 11 has.
+    Methods raise FiddlerError with the driver's own words. Raises FiddlerError if there is no driver, or one that lacks
+    a function which every driver since CUDA 11 has.
     """
 
     def __init__(self, library: str | Path = LIBRARY) -> None:

@@ -26,16 +26,18 @@ class CannotCapture(FiddlerError):
 _Operation = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[torch.Tensor | None]]
 """A function, its arguments, and where each tensor that it returns is kept; None for one that is an argument again."""
 
-# What hands a value to the program: Tensor.item(), bool(), shapes that depend on values.
-_LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal")
+# What hands a value to the program without torch's tags that say so.
+_LOOKS = ("item", "is_nonzero", "allclose", "nonzero_numpy")
+_TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _MAKES_ROOM = ("empty", "new_empty")
 
 _thread = threading.local()
 
 
 class Recording(Generic[R]):
-    """fn() has been run once, in this thread; `replay` repeats its operations. `result` is what fn returned; each replay
-    overwrites its tensors.
+    """fn() has been run once, in this thread; `replay` repeats its operations.
+
+    result  what fn returned; each replay overwrites its tensors
 
     Every intermediate result keeps its memory. Raises CannotCapture where fn does what a GPU's capture forbids.
     """
@@ -44,7 +46,7 @@ class Recording(Generic[R]):
         self._operations: list[_Operation] = []
         _thread.operations = self._operations
         try:
-            with torch.inference_mode(), _Recorder():
+            with torch.inference_mode(), _Recorder():  # type: ignore[no-untyped-call]
                 self.result = fn()
         finally:
             _thread.operations = None
@@ -71,13 +73,13 @@ def perform(fn: Callable[..., None], *args: Any) -> None:
     fn(*args)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Appends every operation of its thread to the thread's recording."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        if name in _LOOKS:
+        if name in _LOOKS or any(tag in func.tags for tag in _TAGS):
             raise CannotCapture(
                 "this cannot be captured: it looks at a value that is still to be computed",
                 found=f"aten::{name}",

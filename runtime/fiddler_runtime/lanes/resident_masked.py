@@ -16,12 +16,12 @@ def run_resident_masked(
     experts: Mapping[int, UnpackedExpert],
     out: torch.Tensor,
 ) -> None:
-    """Adds the resident experts' share to out fp32 [T, H]: every resident expert computes every token, and what a token did
-    not choose counts nothing.
+    """Adds the resident experts' share to out fp32 [T, H]: each computes every token, and what a token did not choose
+    counts nothing.
 
-    hidden bf16 [T, H]; ids integer and weights fp32 [T, k]. So all residents of a layer are read in each step: with few of
-    them that is little beside the CPU lane, with many it is not (a kernel that takes the ids on the device reads only those
-    that were chosen: the place for it is here).
+    hidden bf16 [T, H]; ids integer and weights fp32 [T, k]. All residents of a layer are read in each step: with few of
+    them that is little beside the CPU lane, with many it is not. A kernel that takes the ids on the device, and reads
+    only the experts that were chosen, belongs here.
     """
     for expert in sorted(experts):
         chosen = ids == expert

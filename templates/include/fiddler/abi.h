@@ -164,7 +164,7 @@ typedef struct fdl_step_setup {
 int32_t fdl_step_open(fdl_kernels*, const fdl_step_setup*, fdl_step** out);
 void fdl_step_close(fdl_step*);                       /* before its fdl_kernels; waits for a layer that is being served */
 int32_t fdl_step_begin(fdl_step*, int64_t tokens);    /* before the stream starts; gives the status of an earlier failure */
-int32_t fdl_step_end(fdl_step*);                      /* after the stream's end: FDL_OK, or what went wrong */
+int32_t fdl_step_end(fdl_step*, int32_t layers);      /* after the stream's end; layers: how many it should have asked for */
 int32_t fdl_step_status(const fdl_step*);             /* at any time */
 void* fdl_step_layer(fdl_step*, int32_t row);         /* what fdl_step_serve takes, or NULL */
 void fdl_step_serve(void* layer);                     /* a CUhostFn */

@@ -208,7 +208,7 @@ int32_t fdl_step_begin(fdl_step* step, int64_t tokens) {
   return step && step->takes(tokens) ? step->begin(tokens) : FDL_E_ARGUMENT;
 }
 
-int32_t fdl_step_end(fdl_step* step) { return step ? step->end() : FDL_E_ARGUMENT; }
+int32_t fdl_step_end(fdl_step* step, int32_t layers) { return step ? step->end(layers) : FDL_E_ARGUMENT; }
 
 int32_t fdl_step_status(const fdl_step* step) { return step ? step->status() : FDL_E_ARGUMENT; }
 

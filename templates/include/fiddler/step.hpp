@@ -73,7 +73,9 @@ struct fdl_step {
   int32_t begin(int64_t tokens) {
     if (status() != FDL_OK) return status();
     tokens_ = tokens;
-    progress_.fetch_add(1);
+    served_.store(0);
+    steps_.fetch_add(1);
+    fdl::flag_store(setup_.asked, 0);  // of a step that was broken off
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       active_.store(true);
@@ -83,9 +85,10 @@ struct fdl_step {
     return FDL_OK;
   }
 
-  int32_t end() {
+  int32_t end(int32_t layers) {
     const std::lock_guard<std::mutex> lock(mutex_);
     active_.store(false);
+    if (served_.load() < layers) give_up(FDL_E_STALL);
     return status();
   }
 
@@ -105,8 +108,8 @@ struct fdl_step {
       status = fdl_moe(kernels_, &call);
     }
     setup_.cpu_ns[at] = fdl::now_ns() - begin;
-    if (status != FDL_OK) give_up(status);
-    progress_.fetch_add(1);
+    if (status != FDL_OK) return give_up(status);
+    served_.fetch_add(1);
   }
 
  private:
@@ -142,19 +145,19 @@ struct fdl_step {
 
   // Progress is a layer that was served: a step whose layers take longer than stall_ms each is given up too.
   void watch() {
-    uint64_t seen = 0;
+    uint64_t step = 0;
+    int32_t served = 0;
     int64_t since = 0;
     std::unique_lock<std::mutex> lock(mutex_);
     while (!stopping_.load()) {
       if (!active_.load()) {
         wake_.wait(lock);
-        seen = 0;
         continue;
       }
-      const uint64_t progress = progress_.load();
       const int64_t now = fdl::now_ns();
-      if (progress != seen) {
-        seen = progress;
+      if (step != steps_.load() || served != served_.load()) {
+        step = steps_.load();
+        served = served_.load();
         since = now;
       }
       // Again and again: a stream that is late would close the flag after it was opened.
@@ -180,7 +183,8 @@ struct fdl_step {
   std::vector<Layer> layers_;
   int64_t tokens_ = 0;
   std::atomic<int32_t> status_{FDL_OK};
-  std::atomic<uint64_t> progress_{0};
+  std::atomic<uint64_t> steps_{0};  // begun
+  std::atomic<int32_t> served_{0};  // layers of the last one
   std::atomic<bool> stopping_{false};
   fdl::Event begun_;
   std::mutex mutex_;
