@@ -163,12 +163,12 @@ class Copies:
     def __init__(self, device: Device, largest_bytes: int, rotate_bytes: int) -> None:
         self._device = device
         self._source = random_weights(max(largest_bytes, rotate_bytes))
-        self._unpin = device.pin(self._source)
+        self._pin = device.pin(self._source)
 
     def close(self) -> None:
         """Lets the host memory go."""
         self._device.synchronize()
-        self._unpin()
+        self._pin.undo()
 
     def expert(self, hidden_size: int, intermediate_size: int) -> Timed:
         """Copying one packed expert of that shape to the accelerator and unpacking it there; microseconds."""
@@ -262,7 +262,7 @@ def queue_entry(device: Device, hidden_size: int, meanwhile: Timed) -> Timed:
 
     def call(index: int) -> float:
         started = time.perf_counter_ns()
-        route(ids, weights, counts, strategy, device.torch_device)
+        route(ids, weights, counts, strategy, device.send)
         future = device.submit(empty_layer, hidden.to(device.torch_device))
         meanwhile(index)
         return (device.join(future) - started) / 1e3

@@ -138,6 +138,10 @@ class Dispatcher:
         """Addresses of the fdl_tables and of resident uint8 [layers, experts]: valid as long as this object lives."""
         return ctypes.addressof(self._struct), int(self._resident.ctypes.data)
 
+    def move_out(self, layer: int, expert: int) -> None:
+        """That expert is not resident any more."""
+        self._resident[layer, expert] = 0
+
     def lend(self, layer: int, expert: int) -> None:
         """Until `take_back`, decides as if that expert were resident: its weights are on their way for this step."""
         self._lent.append((layer, expert, int(self._resident[layer, expert])))

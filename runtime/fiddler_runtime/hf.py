@@ -78,6 +78,9 @@ def load(
 
     # Before the experts: while it loads, transformers holds some tensors twice.
     model = load_without_experts(model_dir, spec, dtype, attn_implementation)
+    if setup.kind == "cuda":
+        # Before the experts, too: what is left of the accelerator's memory is then theirs.
+        model.to(torch.device("cuda", torch.cuda.current_device()))
     engine = Engine(
         plan,
         weights,
@@ -86,9 +89,9 @@ def load(
         threads=threads,
         strategies=strategies,
         packed_cache=cache,
+        whole_model=True,
         progress=progress,
     )
-    model.to(engine.device)
     for module in model.modules():
         if isinstance(module, PlannedExperts):
             module.engine = engine

@@ -18,8 +18,12 @@ import torch
 
 from ..errors import FiddlerError, FiddlerWarning
 from ..machine import AcceleratorKind
+from ..plan import ExpertForm
+from .driver import Driver
 from .expert import UnpackedExpert, run_expert, unpack_expert, unpack_expert_into
+from .pinning import Pin, lock
 from .recording import CannotCapture, Recording
+from .transfers import HostBuffers
 from .worker import Worker
 
 __all__ = [
@@ -107,12 +111,46 @@ class Device(ABC):
     def synchronize(self) -> None:
         """Waits until both queues are empty. Raises what the last copy raised."""
 
-    def pin(self, tensor: torch.Tensor, *, mapped: bool = False) -> Callable[[], None]:
-        """Makes host memory fast to copy from, where that means something; returns what undoes it.
+    def pin(self, tensor: torch.Tensor, *, unit_bytes: int | None = None, mapped: bool = False) -> Pin:
+        """Makes host memory fast to copy from, where that means something, and as far as the system permits.
 
-        mapped  the tensor is a file, mapped read-only
+        unit_bytes  what is copied at a time, from multiples of that on; default: anything
+        mapped      the tensor is a file, mapped read-only
         """
-        return _nothing
+        return Pin(tensor.nbytes, _nothing)
+
+    def room(self, form: ExpertForm) -> UnpackedExpert:
+        """Memory on the accelerator for an expert. Raises torch.OutOfMemoryError."""
+        return UnpackedExpert.empty(form, self.torch_device)
+
+    def free_bytes(self) -> int | None:
+        """What is left of the accelerator's memory; None if that is the host's."""
+        return None
+
+    def release(self) -> None:  # noqa: B027
+        """Gives memory that nothing uses any more back to the accelerator."""
+
+    def to_host(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Ticket]:
+        """A contiguous copy of tensor in host memory, and the ticket after which it is there (`arrived`).
+
+        It is valid until the next one of that name. Called from the caller's thread.
+        """
+        return tensor.to(device="cpu", dtype=dtype).contiguous(), None
+
+    def arrived(self, ticket: Ticket) -> None:  # noqa: B027
+        """The caller waits for a ticket of `to_host`."""
+
+    def host_room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Host memory, uninitialised, that `to_device` is fast from; valid until the next one of that name."""
+        return torch.empty(shape, dtype=dtype)
+
+    def to_device(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Copies what is in the host_room of that name to the accelerator, in the caller's stream; returns at once."""
+        return tensor.to(self.torch_device)
+
+    def send(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Copies any host memory to the accelerator, in the caller's stream; returns at once."""
+        return self.to_device(name, tensor)
 
     @abstractmethod
     def close(self) -> None:
@@ -217,6 +255,9 @@ class CudaDevice(Device):
         self._compute = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         self._launcher = Worker("fiddler-cuda-launch")
+        self._driver = Driver()
+        self._sent: dict[str, torch.cuda.Event] = {}
+        self._buffers = HostBuffers(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))
 
     def submit(self, fn: Callable[..., R], *args: Any) -> Future[R]:
         before = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -260,21 +301,49 @@ class CudaDevice(Device):
         self._copies.synchronize()
         self._compute.synchronize()
 
-    def pin(self, tensor: torch.Tensor, *, mapped: bool = False) -> Callable[[], None]:
+    def pin(self, tensor: torch.Tensor, *, unit_bytes: int | None = None, mapped: bool = False) -> Pin:
         if mapped:
             # Pinning would read the whole file into memory at once, and keep it there.
-            return _nothing
-        # Not pin_memory(): torch's allocator rounds up to a power of two, nearly doubling a large arena.
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        address = tensor.data_ptr()
-        status = int(runtime.cudaHostRegister(address, tensor.nbytes, 0))
-        if status != 0:
-            raise FiddlerError(
-                "cannot pin host memory for copies to the GPU",
-                found=f"cudaHostRegister error {status} for {tensor.nbytes} bytes",
-                hint="ulimit -l unlimited",
-            )
-        return lambda: runtime.cudaHostUnregister(address)
+            return Pin(tensor.nbytes, _nothing)
+        # Not pin_memory(): torch's allocator rounds up to a power of two, nearly doubling a large arena. Not torch's
+        # cudaHostRegister: a refusal would be the next kernel's error, as nothing in torch takes the runtime's last
+        # error back.
+        return lock(tensor, unit_bytes or tensor.nbytes, self._driver.register, self._driver.unregister)
+
+    def free_bytes(self) -> int | None:
+        free = int(torch.cuda.mem_get_info(self.torch_device)[0])
+        # What torch keeps for itself it gives out again.
+        kept = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return free + kept
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+
+    def to_host(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Ticket]:
+        if tensor.is_cpu:
+            return super().to_host(name, tensor, dtype)
+        host = self._buffers.take(name, tensor.shape, dtype)
+        host.copy_(tensor.to(dtype).contiguous(), non_blocking=True)
+        there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        there.record(torch.cuda.current_stream(self.torch_device))
+        return host, there
+
+    def arrived(self, ticket: Ticket) -> None:
+        if ticket is not None:
+            ticket.synchronize()
+
+    def host_room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        self.arrived(self._sent.pop(name, None))  # the copy from it, which another stream may still have before it
+        return self._buffers.take(name, shape, dtype)
+
+    def to_device(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        there = tensor.to(self.torch_device, non_blocking=True)
+        sent = self._sent[name] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        sent.record(torch.cuda.current_stream(self.torch_device))
+        return there
+
+    def send(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return self.to_device(name, self.host_room(name, tuple(tensor.shape), tensor.dtype).copy_(tensor))
 
     def close(self) -> None:
         self._launcher.close()

@@ -44,6 +44,11 @@ class UnpackedExpert:
         moved = [None if part is None else part.to(device) for part in parts]
         return UnpackedExpert(self.activation, *moved)  # type: ignore[arg-type]
 
+    def fill(self, other: UnpackedExpert) -> None:
+        """Copies another one of the same shape into this one, wherever the two are."""
+        for mine, theirs in zip((*self.matrices, *self.biases), (*other.matrices, *other.biases), strict=True):
+            mine.copy_(theirs)
+
     @property
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views: gate [I, H], up [I, H], down [H, I]."""
