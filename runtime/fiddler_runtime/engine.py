@@ -19,6 +19,7 @@ import torch
 from . import strategies as rules
 from .ahead import Ahead
 from .captured.layers import CapturedLayers
+from .captured.native import NativeStep
 from .counters import PHASES, Counters, Phase
 from .dispatch import Dispatcher
 from .drift import LANES, Drift
@@ -297,7 +298,7 @@ class Engine:
         """Steps whose layers run without Python between them; while the context is open, `moe` waits in other threads.
 
         Raises FiddlerError where there is no such thing: without an accelerator, or where experts may neither be
-        resident nor run on the CPU. What each step did is counted at the end.
+        resident nor run on the CPU. After residents were given up it is another one, to which older steps mean nothing.
         """
         with self._lock:
             if self._closed:
@@ -312,13 +313,13 @@ class Engine:
                         hint="--strategies resident,cpu",
                     )
                 decided = Dispatcher(self._library, self._tables, self.spec.num_experts, allow=allow)
-                self._captured = CapturedLayers(self.spec, self._device, self._store, self._kernels, decided)
+                self._captured = CapturedLayers(
+                    self.spec, self._device, self._store, self._kernels, decided, done=self._count_captured
+                )
             yield self._captured
-            self._count_captured(self._captured)
 
-    def _count_captured(self, captured: CapturedLayers) -> None:
-        """Notes the last step's layers. How long the accelerator took for each nobody knows: it counts as idle."""
-        step = captured.step
+    def _count_captured(self, step: NativeStep) -> None:
+        """Notes a step's layers. How long the accelerator took for each nobody knows: it counts as idle."""
         for row in range(len(step.strategy)):
             cpu_us = float(step.cpu_ns[row]) / 1e3
             calls = np.bincount(step.strategy[row], minlength=SPLIT + 1)

@@ -12,7 +12,7 @@ import runtime_samples
 import torch
 from fake_driver import FakeDriver
 
-from fiddler_runtime import Engine, FiddlerWarning, hf
+from fiddler_runtime import Engine, FiddlerError, FiddlerWarning, hf
 from fiddler_runtime.captured.layers import CapturedLayers
 from fiddler_runtime.dispatch import Dispatcher
 from fiddlerc import frontend
@@ -95,10 +95,16 @@ def test_through_a_driver_the_tokens_are_the_same(plan, models, prompt: torch.Te
     fake.close()
 
 
-def enter_through(engine: Engine, fake: FakeDriver, way: str) -> None:
+def enter_through(engine: Engine, fake: FakeDriver, way: str, stall_ms: int = 30_000) -> None:
     decided = Dispatcher(engine._library, engine._tables, engine.spec.num_experts, allow=("resident", "cpu"))
     engine._captured = CapturedLayers(
-        engine.spec, engine._device, engine._store, engine._kernels, decided, entry=getattr(fake, way)()
+        engine.spec,
+        engine._device,
+        engine._store,
+        engine._kernels,
+        decided,
+        entry=getattr(fake, way)(),
+        stall_ms=stall_ms,
     )
 
 
@@ -142,6 +148,19 @@ def test_what_is_not_captured_runs_and_says_why(models, prompt: torch.Tensor, op
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate(captured, prompt, **options)  # once is enough
+
+
+def test_after_a_step_that_was_given_up_texts_take_the_plain_path(plan, models, prompt: torch.Tensor, tmp_path: Path):
+    fake = FakeDriver(tmp_path)
+    model = hf.load(MODEL, plan, strategies=("resident", "cpu"), capture=True)
+    enter_through(model.fiddler, fake, "flags", stall_ms=100)
+    fake.native.fake_deaf(1)
+    with pytest.raises(FiddlerError, match="made no progress and was given up"):
+        generate(model, prompt)
+    with pytest.warns(FiddlerWarning, match="decode steps are not captured: cannot run a captured step"):
+        assert generate(model, prompt) == generate(models[0], prompt)
+    model.fiddler.close()
+    fake.close()
 
 
 def test_a_forward_that_looks_at_values_runs_plain(plan, models, prompt: torch.Tensor):

@@ -13,9 +13,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..engine import Engine
-from ..errors import FiddlerWarning
+from ..errors import FiddlerError, FiddlerWarning
 from ..lanes.device import CannotCapture
-from .layers import MOST_TOKENS, Captured
+from .layers import MOST_TOKENS, Captured, CapturedLayers
 
 _KEPT = 4
 """Captured steps of different shapes kept at a time; the one that was used least recently goes."""
@@ -41,6 +41,7 @@ class CapturedForward:
         self._captured: dict[_Key, _Step] = {}
         self._warm: set[_Key] = set()
         self._impossible: dict[_Key, str] = {}
+        self._broken: str | None = None
         self.steps: Counter[str] = Counter(captured=0, replayed=0, plain=0)
         self.reasons: Counter[str] = Counter()
         functools.update_wrapper(self, model.forward)  # generate() looks at its signature
@@ -52,7 +53,7 @@ class CapturedForward:
             self._lend_memory(tokens, kwargs.get(_CACHE))
             return self._forward(*args, **kwargs)
         call = _Call(kwargs)
-        reason = call.obstacle() or self._impossible.get(call.key)
+        reason = self._broken or call.obstacle() or self._impossible.get(call.key)
         if reason is not None:
             return self._plain(kwargs, reason)
         if call.key not in self._captured and call.key not in self._warm:
@@ -60,18 +61,24 @@ class CapturedForward:
             self.steps["plain"] += 1
             return self._forward(**kwargs)
         try:
-            return _copied(self._replay(call) if call.key in self._captured else self._capture(call), call.cache)
+            with self._engine.captured() as layers:
+                step = self._captured.pop(call.key, None)
+                if step is None or step.layers is not layers:
+                    return _copied(self._capture(layers, call), call.cache)
+                return _copied(self._replay(step, call), call.cache)
         except CannotCapture as error:
-            self._impossible[call.key] = str(error)
-            return self._plain(kwargs, str(error))
+            self._impossible[call.key] = error.line
+            return self._plain(kwargs, error.line)
+        except FiddlerError as error:
+            # What the step left behind is not known: this text ends here, and the next one takes the plain path.
+            self._broken = error.line
+            raise
 
-    def _replay(self, call: _Call) -> Any:
-        step = self._captured.pop(call.key)
+    def _replay(self, step: _Step, call: _Call) -> Any:
         self._captured[call.key] = step  # now the most recently used
         with torch.inference_mode():
             step.take(call)
-        with self._engine.captured() as layers:
-            result = layers.replay(step.captured)
+        result = step.layers.replay(step.captured)
         self.steps["replayed"] += 1
         return result
 
@@ -82,7 +89,7 @@ class CapturedForward:
         self.steps["plain"] += 1
         return self._forward(**kwargs)
 
-    def _capture(self, call: _Call) -> Any:
+    def _capture(self, layers: CapturedLayers, call: _Call) -> Any:
         """Captures the step, which is its first run too, and returns its result.
 
         Raises CannotCapture, with nothing changed.
@@ -92,13 +99,12 @@ class CapturedForward:
         forward = functools.partial(self._forward, **call.with_tensors(inputs))
         before = _CacheState(call.cache)
         saved = before.saved()
-        with self._engine.captured() as layers:
-            try:
-                captured = layers.capture(inputs[call.ids_at].shape[0], forward)
-            except CannotCapture:
-                with torch.inference_mode():
-                    before.restore(saved)
-                raise
+        try:
+            captured = layers.capture(inputs[call.ids_at].shape[0], forward)
+        except CannotCapture:
+            with torch.inference_mode():
+                before.restore(saved)
+            raise
         self.steps["captured"] += 1
         after = _CacheState(call.cache)
         changed = before.python_changes(after)
@@ -106,7 +112,7 @@ class CapturedForward:
             # This run is right; a replay would not repeat what Python did.
             self._impossible[call.key] = f"the cache counts in Python ({', '.join(changed)})"
         else:
-            self._captured[call.key] = _Step(captured, inputs, after)
+            self._captured[call.key] = _Step(layers, captured, inputs, after)
             while len(self._captured) > _KEPT:
                 del self._captured[next(iter(self._captured))]
         return captured.graph.result
@@ -123,6 +129,7 @@ class CapturedForward:
 class _Step:
     """A captured step, where it reads its inputs, and its cache's tensors."""
 
+    layers: CapturedLayers
     captured: Captured[Any]
     inputs: list[torch.Tensor]
     cache: _CacheState

@@ -33,6 +33,7 @@ class CapturedLayers:
     """Runs captured steps of one engine, one at a time; of those, `moe` is a layer.
 
     dispatcher  one that never streams
+    done        called after each step, with what it did
     entry       how the stream enters the CPU lane; default what the device has
     stall_ms    a step without progress for so long is given up, with a FiddlerError
     Raises FiddlerError if the device has no way into the CPU lane.
@@ -46,11 +47,13 @@ class CapturedLayers:
         kernels: Kernels,
         dispatcher: Dispatcher,
         *,
+        done: Callable[[NativeStep], None] = lambda _: None,
         entry: Entry | None = None,
         stall_ms: int = STALL_MS,
     ) -> None:
         self._device = device
         self._store = store
+        self._done = done
         self._top_k = spec.top_k
         self.entry = _open_entry(device) if entry is None else entry
         mailbox = Mailbox(MOST_TOKENS, spec.hidden_size, spec.top_k)
@@ -105,15 +108,19 @@ class CapturedLayers:
             graph, launched = self._device.capture(work)
             self._wait(launched)
         captured = Captured(tokens, self._asked, graph)
-        self.step.end(captured.layers)
+        self._end(captured)
         return captured
 
     def replay(self, captured: Captured[R]) -> R:
         """Runs a captured step again; its result is overwritten by the next run."""
         with self._running(captured.tokens):
             self._wait(captured.graph.launch())
-        self.step.end(captured.layers)
+        self._end(captured)
         return captured.graph.result
+
+    def _end(self, captured: Captured[R]) -> None:
+        self.step.end(captured.layers)
+        self._done(self.step)
 
     @contextmanager
     def _running(self, tokens: int) -> Iterator[None]:
