@@ -247,7 +247,7 @@ class CudaDevice(Device):
                 hint="fiddlerc doctor; or use the simulated device (--device simulated)",
             )
         warnings.warn(
-            "the CUDA lanes have not been run on a GPU by this project's tests: compare the output with transformers'",
+            "the CUDA lanes have never been run on a GPU by this project: compare the output with transformers'",
             FiddlerWarning,
             stacklevel=3,
         )
@@ -257,7 +257,7 @@ class CudaDevice(Device):
         self._launcher = Worker("fiddler-cuda-launch")
         self._driver = Driver()
         self._sent: dict[str, torch.cuda.Event] = {}
-        self._buffers = HostBuffers(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))
+        self._buffers = HostBuffers(_locked)
 
     def submit(self, fn: Callable[..., R], *args: Any) -> Future[R]:
         before = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -320,7 +320,7 @@ class CudaDevice(Device):
         torch.cuda.empty_cache()
 
     def to_host(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Ticket]:
-        if tensor.is_cpu:
+        if not self._has(tensor):
             return super().to_host(name, tensor, dtype)
         host = self._buffers.take(name, tensor.shape, dtype)
         host.copy_(tensor.to(dtype).contiguous(), non_blocking=True)
@@ -344,6 +344,9 @@ class CudaDevice(Device):
 
     def send(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         return self.to_device(name, self.host_room(name, tuple(tensor.shape), tensor.dtype).copy_(tensor))
+
+    def _has(self, tensor: torch.Tensor) -> bool:
+        return tensor.is_cuda
 
     def close(self) -> None:
         self._launcher.close()
@@ -466,6 +469,10 @@ def _use_one_thread() -> None:
 
 def _copy(dst: torch.Tensor, src: torch.Tensor) -> None:
     dst.copy_(src, non_blocking=True)
+
+
+def _locked(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 def _nothing() -> None:
