@@ -1,6 +1,6 @@
 """torch.cuda for machines without a GPU: streams, events and graphs that do what they are given at once, on the CPU.
 
-So the code of the CUDA lanes runs, with its calls in their order. That streams overlap, and that they wait for each other
+So the code of the CUDA lanes runs, with its calls in order. That streams overlap, and that they wait for each other
 where they must, only a GPU can show (tests/gpu). Only a graph's replay runs beside the caller, as it waits for flags.
 """
 

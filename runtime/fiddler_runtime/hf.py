@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from . import strategies as rules
 from .captured.forward import CapturedForward
 from .checkpoint import check_identity, read_config
 from .engine import Engine
-from .errors import FiddlerError
+from .errors import FiddlerError, FiddlerWarning
 from .loading import load_plan, open_library
 from .packed_cache import PackedCache
 from .plan import ModelSpec, Plan
@@ -97,9 +98,20 @@ def load(
             module.engine = engine
     model.register_forward_pre_hook(_note_phase, with_kwargs=True)
     model.fiddler = engine
-    if capture:
-        model.forward = model.captured = CapturedForward(model, engine)
+    model.captured = _capture(model, engine) if capture else None
     return model
+
+
+def _capture(model: Any, engine: Engine) -> CapturedForward | None:
+    """Has decode steps captured from now on. Warns (FiddlerWarning) and returns None where nothing can be."""
+    try:
+        with engine.captured():
+            model.forward = CapturedForward(model, engine)
+    except FiddlerError as error:
+        warnings.warn(f"decode steps are not captured: {error}", FiddlerWarning, stacklevel=3)
+        return None
+    captured: CapturedForward = model.forward
+    return captured
 
 
 class PlannedExperts(nn.Module):
@@ -175,7 +187,11 @@ def _without_experts(base: Any, spec: ModelSpec) -> Any:
             _replace_experts(self, spec)
 
         def generate(self, *args: Any, **kwargs: Any) -> Any:
-            if hasattr(self, "captured") and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
+            if (
+                getattr(self, "captured", None) is not None
+                and kwargs.get("past_key_values") is None
+                and kwargs.get("use_cache", True)
+            ):
                 # Compiling would take the capture's place.
                 kwargs = {"cache_implementation": "static", "disable_compile": True, **kwargs}
             return super().generate(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The code of the CUDA lanes on a torch.cuda of the tests' own (tests/fake_cuda.py): calls and their order, not a GPU."""
+"""The CUDA lanes on a torch.cuda of the tests' own (tests/fake_cuda.py): calls and their order, not a GPU."""
 
 from __future__ import annotations
 
