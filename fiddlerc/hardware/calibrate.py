@@ -26,6 +26,8 @@ from .lanes import (
     accelerator_read_gbps,
     after_attention,
     beside,
+    captured_entries,
+    launches,
     queue_entry,
 )
 from .regimes import Regimes, split_regimes
@@ -144,6 +146,8 @@ def measure(
                     samples += session.experts(
                         "gpu_expert", shape, partial(gpu.timed, meanwhile=once), 1, "torch", where
                     )[1]
+                if library is first:
+                    samples += _overheads(session, device, shape, kernels)
                 # The simulated copy engine is one thread more on those cores.
                 with (
                     beside(cpu.timed(_BUSY_TOKENS) if busy else None),
@@ -347,19 +351,35 @@ def _copy_samples(session: _Session, device: Device, shape: Shape, rotated: int,
     slot = session.effort.seconds / 2 / max(1, len(sizes))
     samples = []
     for nbytes, of in sizes.items():
-        copies = Copies(device, nbytes, rotated)
+        copies, slow = Copies(device, nbytes, rotated), None
         try:
-            for quantity, timed in (
-                ("host_to_device", copies.expert(*of)),
-                ("device_to_host", copies.to_host(nbytes)),
-            ):
+            ways = [("host_to_device", copies.expert(*of)), ("device_to_host", copies.to_host(nbytes))]
+            if device.kind == "cuda":  # elsewhere no memory is locked for copies
+                slow = Copies(device, nbytes, rotated, pageable=True)
+                ways.append(("host_to_device_pageable", slow.expert(*of)))
+            for quantity, timed in ways:
                 repetition = partial(repeat, timed, seconds=slot / 2, least=3, most=session.effort.most)
                 series = Series(session.guarded(repetition))
                 samples.append(_sample(cast(Quantity, quantity), (0, 0), 0, nbytes, 1, "", series))
         finally:
-            copies.close()
+            for opened in (copies, slow):
+                if opened is not None:
+                    opened.close()
     session.step("copies")
     return samples
+
+
+def _overheads(session: _Session, device: Device, shape: Shape, kernels: Kernels) -> list[Sample]:
+    """What is paid for an operation given to the accelerator, and for a captured layer's entering the CPU lane."""
+
+    def series(timed: Timed) -> Series:
+        return Series(session.guarded(partial(repeat, timed, seconds=0.2, least=20, most=500, warm_up=5)))
+
+    with captured_entries(device, kernels) as entry:
+        return [
+            _sample("launch", (0, 0), 0, 4, 1, "", series(launches(device))),
+            _sample("captured_entry", shape, 1, 2 * shape[0], kernels.threads, kernels.isa, series(entry)),
+        ]
 
 
 def _sample(

@@ -314,7 +314,13 @@ class Engine:
                     )
                 decided = Dispatcher(self._library, self._tables, self.spec.num_experts, allow=allow)
                 self._captured = CapturedLayers(
-                    self.spec, self._device, self._store, self._kernels, decided, done=self._count_captured
+                    self.spec.hidden_size,
+                    self.spec.top_k,
+                    self._device,
+                    self._store,
+                    self._kernels,
+                    decided,
+                    done=self._count_captured,
                 )
             yield self._captured
 

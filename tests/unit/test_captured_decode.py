@@ -98,7 +98,8 @@ def test_through_a_driver_the_tokens_are_the_same(plan, models, prompt: torch.Te
 def enter_through(engine: Engine, fake: FakeDriver, way: str, stall_ms: int = 30_000) -> None:
     decided = Dispatcher(engine._library, engine._tables, engine.spec.num_experts, allow=("resident", "cpu"))
     engine._captured = CapturedLayers(
-        engine.spec,
+        engine.spec.hidden_size,
+        engine.spec.top_k,
         engine._device,
         engine._store,
         engine._kernels,

@@ -51,7 +51,8 @@ def enter(engine: Engine, entry: Entry, stall_ms: int = 30_000) -> None:
     """Captured steps of this engine enter the CPU lane that way."""
     decided = Dispatcher(engine._library, engine._tables, SPEC.num_experts, allow=("resident", "cpu"))
     engine._captured = CapturedLayers(
-        SPEC,
+        SPEC.hidden_size,
+        SPEC.top_k,
         engine._device,
         engine._store,
         engine._kernels,

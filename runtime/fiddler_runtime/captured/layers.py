@@ -15,7 +15,6 @@ from ..errors import FiddlerError
 from ..kernels import Kernels
 from ..lanes.device import CannotCapture, Device, Graph, Launched
 from ..lanes.resident_masked import run_resident_masked
-from ..plan import ModelSpec
 from ..store import ExpertStore
 from .entry import Entry, ThreadFlags
 from .native import Mailbox, NativeStep
@@ -41,7 +40,8 @@ class CapturedLayers:
 
     def __init__(
         self,
-        spec: ModelSpec,
+        hidden_size: int,
+        top_k: int,
         device: Device,
         store: ExpertStore,
         kernels: Kernels,
@@ -54,9 +54,8 @@ class CapturedLayers:
         self._device = device
         self._store = store
         self._done = done
-        self._top_k = spec.top_k
         self.entry = _open_entry(device) if entry is None else entry
-        mailbox = Mailbox(MOST_TOKENS, spec.hidden_size, spec.top_k)
+        mailbox = Mailbox(MOST_TOKENS, hidden_size, top_k)
         self.entry.prepare(mailbox)
         try:
             self.step = NativeStep(
