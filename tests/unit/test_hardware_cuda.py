@@ -67,7 +67,7 @@ def test_every_quantity_of_a_gpu_is_measured(cuda: FakeCuda, library) -> None:
 
 
 def test_copies_whose_memory_may_not_be_locked_are_measured_and_it_is_said(cuda: FakeCuda, library) -> None:
-    cuda.fake.native.fake_lock_limit(100)
+    cuda.fake.native.fake_lock_limit(256 << 10)
     with pytest.warns(FiddlerWarning, match="memory may not be locked here: copies to the GPU are measured as slow"):
         measure(library)
 
