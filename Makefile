@@ -61,7 +61,7 @@ test-sanitizers: $(READY)
 # On a machine with an NVIDIA GPU: its tests, and what they measured, in build/test-gpu.log. Needs a CUDA build of torch.
 test-gpu: $(READY)
 	@mkdir -p build
-	@{ date -u; uname -srm; $(BIN)/fiddlerc doctor; $(BIN)/pytest -m gpu -rA tests/gpu; echo $$? > build/test-gpu.rc; } \
+	@{ date -u; uname -srm; $(BIN)/fiddlerc doctor; $(BIN)/pytest -m gpu -rA; echo $$? > build/test-gpu.rc; } \
 	  2>&1 | tee build/test-gpu.log; exit $$(cat build/test-gpu.rc)
 
 # The shipped plans, from inputs that are all in the repository.

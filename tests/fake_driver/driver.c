@@ -26,6 +26,7 @@ typedef struct operation {
 } operation;
 
 typedef struct stream {
+  int closing; /* nothing is waited for any more */
   pthread_t thread;
   pthread_mutex_t lock;
   pthread_cond_t changed;
@@ -57,13 +58,15 @@ void fake_lock_limit(size_t bytes) { lock_limit = bytes; }
 size_t fake_registered(void) { return registered; }
 uint64_t fake_calls(int kind) { return __atomic_load_n(&calls[kind], __ATOMIC_SEQ_CST); }
 
-static void perform(const operation* op) {
+static void perform(const stream* s, const operation* op) {
   switch (op->kind) {
     case WRITE:
       if (!deaf) __atomic_store_n(op->address, op->value, __ATOMIC_SEQ_CST);
       break;
     case WAIT:
-      while ((int32_t)(__atomic_load_n(op->address, __ATOMIC_ACQUIRE) - op->value) < 0) sched_yield();
+      while ((int32_t)(__atomic_load_n(op->address, __ATOMIC_ACQUIRE) - op->value) < 0 &&
+             !__atomic_load_n(&s->closing, __ATOMIC_ACQUIRE))
+        sched_yield();
       break;
     case CALL:
       if (!deaf) op->function(op->argument);
@@ -80,7 +83,7 @@ static void* serve(void* argument) {
     while (s->done == s->given) pthread_cond_wait(&s->changed, &s->lock);
     const operation op = s->queue[s->done % QUEUE];
     pthread_mutex_unlock(&s->lock);
-    perform(&op);
+    perform(s, &op);
     pthread_mutex_lock(&s->lock);
     ++s->done;
     pthread_cond_broadcast(&s->changed);
@@ -117,6 +120,7 @@ void fake_stream_synchronize(void* handle) {
 
 void fake_stream_close(void* handle) {
   stream* s = handle;
+  __atomic_store_n(&s->closing, 1, __ATOMIC_RELEASE);
   give(s, (operation){.kind = STOP});
   pthread_join(s->thread, NULL);
   free(s);

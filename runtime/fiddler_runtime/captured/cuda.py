@@ -13,7 +13,11 @@ from ..lanes.driver import Driver
 from .entry import Entry, HostFunction, StreamFlags
 from .native import Mailbox
 
-_PROBE_S = 2.0
+_PROBE_LOOKS = 10_000
+_LOOK_S = 1e-4
+
+_abandoned: list[object] = []
+"""Memory that a GPU may be waiting for: it is never given back."""
 
 
 def open_entry(device: torch.device) -> Entry:
@@ -82,14 +86,14 @@ def probe(entry: StreamFlags, device: torch.device) -> str | None:
     except (RuntimeError, FiddlerError) as error:
         entry.close()
         return str(error).splitlines()[0]
-    seen = _within(_PROBE_S, lambda: int(asked) == 1)
+    seen = _within_looks(lambda: int(asked) == 1)
     early = bool(done.query())  # type: ignore[no-untyped-call]
     answered.fill_(1)
-    if not _within(_PROBE_S, lambda: bool(done.query())):  # type: ignore[no-untyped-call]
-        # The memory stays registered: a stream is waiting for it.
+    if not _within_looks(lambda: bool(done.query())):  # type: ignore[no-untyped-call]
+        _abandoned.append((entry, mailbox))
         raise FiddlerError(
             "the GPU waits for a flag that was written, and does not see it",
-            found=f"no answer in {_PROBE_S:g} s",
+            found=f"no answer in {_PROBE_LOOKS * _LOOK_S:g} s",
             expected="host memory that is coherent with the GPU",
             hint="load the model without capture",
         )
@@ -99,10 +103,10 @@ def probe(entry: StreamFlags, device: torch.device) -> str | None:
     return "a captured wait did not wait" if early else None
 
 
-def _within(seconds: float, happened: Callable[[], bool]) -> bool:
-    until = time.monotonic() + seconds
-    while not happened():
-        if time.monotonic() > until:
-            return False
-        time.sleep(1e-4)
-    return True
+def _within_looks(happened: Callable[[], bool]) -> bool:
+    """Whether it happens while it is looked for. By looks, not by a clock: that goes on while a process is stopped."""
+    for _ in range(_PROBE_LOOKS):
+        if happened():
+            return True
+        time.sleep(_LOOK_S)
+    return False

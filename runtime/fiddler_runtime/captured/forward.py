@@ -146,6 +146,7 @@ class _Call:
 
     def __init__(self, kwargs: dict[str, Any]) -> None:
         self.cache: Any = kwargs.get(_CACHE)
+        self._plain_tuple = kwargs.get("return_dict") is False
         others = {name: value for name, value in sorted(kwargs.items()) if name != _CACHE}
         leaves, self._structure = pytree.tree_flatten(others)
         self._leaves = leaves
@@ -166,6 +167,8 @@ class _Call:
             return f"the cache is a {kind}, and not a static one (cache_implementation='static')"
         if not all(getattr(layer, "is_initialized", True) for layer in self.cache.layers):
             return "nothing is in the cache yet"
+        if self._plain_tuple:
+            return "return_dict=False"
         wide = [t for t in self.tensors if t.dim() == 2 and t.shape[1] > 1]
         if wide:
             return "the attention mask grows with every step: call generate(), or give a mask of four dimensions"

@@ -143,26 +143,26 @@ struct fdl_step {
     }
   }
 
-  // Progress is a layer that was served: a step whose layers take longer than stall_ms each is given up too.
+  // Progress is a layer that was served: a step whose layers take longer than stall_ms each is given up too. Time is counted
+  // in ticks of this thread's own: while the whole process is stopped none goes by.
   void watch() {
     uint64_t step = 0;
     int32_t served = 0;
-    int64_t since = 0;
+    int64_t ticks = 0;
     std::unique_lock<std::mutex> lock(mutex_);
     while (!stopping_.load()) {
       if (!active_.load()) {
         wake_.wait(lock);
         continue;
       }
-      const int64_t now = fdl::now_ns();
       if (step != steps_.load() || served != served_.load()) {
         step = steps_.load();
         served = served_.load();
-        since = now;
+        ticks = 0;
       }
       // Again and again: a stream that is late would close the flag after it was opened.
-      if (status() != FDL_OK || now - since > setup_.stall_ms * 1'000'000) give_up(FDL_E_STALL);
-      wake_.wait_for(lock, kTick);
+      if (status() != FDL_OK || ticks * kTick.count() >= setup_.stall_ms) give_up(FDL_E_STALL);
+      if (wake_.wait_for(lock, kTick) == std::cv_status::timeout) ++ticks;
     }
   }
 
