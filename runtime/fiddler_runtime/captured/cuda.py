@@ -90,7 +90,7 @@ def probe(entry: StreamFlags, device: torch.device) -> str | None:
     early = bool(done.query())  # type: ignore[no-untyped-call]
     answered.fill_(1)
     if not _within_looks(lambda: bool(done.query())):  # type: ignore[no-untyped-call]
-        _abandoned.append((entry, mailbox))
+        _abandoned.append((entry, mailbox, graph))
         raise FiddlerError(
             "the GPU waits for a flag that was written, and does not see it",
             found=f"no answer in {_PROBE_LOOKS * _LOOK_S:g} s",
