@@ -17,6 +17,7 @@ from fiddler_runtime.lanes import accelerator, pinning
 from fiddler_runtime.lanes.device import SimulatedDevice, UnpackedExpert
 from fiddler_runtime.lanes.transfers import HostBuffers
 from fiddler_runtime.plan import MemoryItem, Plan
+from fiddler_runtime.preflight import Need, Preflight
 from fiddlerc import ir, placement
 
 SPEC = runtime_samples.small_spec()
@@ -238,3 +239,15 @@ def test_host_buffers_are_kept_and_grow():
     assert buffers.take("ids", (40, 2), torch.int64).data_ptr() != a.data_ptr()
     assert len(made) == 3
     assert buffers.nbytes == made[1] + made[2]
+
+
+def test_residents_are_no_reason_not_to_begin():
+    """They can be given up; what else the accelerator has to hold cannot."""
+    needs = (Need("accelerator memory", "4 resident experts", 400), Need("accelerator memory", "staging", 100))
+    for free, optional, refused in ((100, 400, False), (99, 400, True), (100, 0, True)):
+        survey = Preflight("small", needs, {"accelerator memory": free}, 0, 0, optional)
+        if refused:
+            with pytest.raises(FiddlerError, match="not enough accelerator memory for small"):
+                survey.check()
+        else:
+            survey.check()
