@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FDL_ABI_VERSION 4
+#define FDL_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
