@@ -58,9 +58,11 @@ check: $(READY)
 test-sanitizers: $(READY)
 	$(BIN)/pytest -rP tests/sanitizers
 
+# On a machine with an NVIDIA GPU: its tests, and what they measured, in build/test-gpu.log. Needs a CUDA build of torch.
 test-gpu: $(READY)
-	mkdir -p build
-	$(BIN)/pytest -m gpu -rA 2>&1 | tee build/test-gpu.log
+	@mkdir -p build
+	@{ date -u; uname -srm; $(BIN)/fiddlerc doctor; $(BIN)/pytest -m gpu -rA; echo $$? > build/test-gpu.rc; } \
+	  2>&1 | tee build/test-gpu.log; exit $$(cat build/test-gpu.rc)
 
 # The shipped plans, from inputs that are all in the repository.
 plans: $(READY)

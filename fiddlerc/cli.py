@@ -114,6 +114,9 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU lan
 TrustBinaries = Annotated[
     bool, typer.Option("--trust-binaries", help="Load a kernel library that the plan brings, instead of building it.")
 ]
+Capture = Annotated[
+    bool, typer.Option("--capture", help="Run decode steps without Python between their layers; streams no experts.")
+]
 PackedCache = Annotated[
     Any,
     typer.Option(
@@ -476,6 +479,7 @@ def run(
     ] = None,
     trust_binaries: TrustBinaries = False,
     packed_cache: PackedCache = None,
+    capture: Capture = False,
     as_json: Json = False,
 ) -> None:
     """Generate text through a plan."""
@@ -495,6 +499,7 @@ def run(
         strategies=None if strategies is None else parse_isas(strategies),
         trust_binaries=trust_binaries,
         packed_cache=packed_cache or False,
+        capture=capture,
     )
     on_text = _write_now if stream and not as_json else None
     with _progress() as progress:
@@ -510,6 +515,8 @@ def run(
     )
     err.print(f"[dim]expert calls: {_shares(calls)}[/]")
     err.print(f"[dim]kernel {result.engine['isa']}, {result.engine['threads']} threads, {result.engine['device']}[/]")
+    if result.captured is not None:
+        err.print("[dim]decode steps: " + ", ".join(f"{count} {how}" for how, count in result.captured.items()) + "[/]")
     if explain:
         _print_explanation(result.counters)
 
@@ -532,6 +539,7 @@ def bench(
     threads: Threads = None,
     trust_binaries: TrustBinaries = False,
     packed_cache: PackedCache = None,
+    capture: Capture = False,
     as_json: Json = False,
 ) -> None:
     """Compare a plan with transformers' own implementation, in one process."""
@@ -551,6 +559,7 @@ def bench(
         threads=threads,
         trust_binaries=trust_binaries,
         packed_cache=packed_cache or False,
+        capture=capture,
     )
     with _progress() as progress:
         result = pipeline.bench(plan, request, progress=progress, on_preflight=_print_needs)

@@ -80,7 +80,18 @@ __all__ = [
 Regime = Literal["fast", "slow"]
 Scenario = Literal["decode", "prefill", "beam"]
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
-Quantity = Literal["cpu_expert", "gpu_expert", "host_to_device", "device_to_host", "cpu_expert_while_copying"]
+Quantity = Literal[
+    "cpu_expert",
+    "gpu_expert",
+    "host_to_device",
+    "host_to_device_pageable",
+    "device_to_host",
+    "cpu_expert_while_copying",
+    "launch",
+    "captured_entry",
+]
+COPIES: tuple[Quantity, ...] = ("host_to_device", "host_to_device_pageable", "device_to_host", "launch")
+"""Quantities of so many bytes, and of no expert's shape."""
 
 
 @dataclass(frozen=True)

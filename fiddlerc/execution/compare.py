@@ -38,6 +38,7 @@ class BenchRequest:
     threads: int | None = None
     trust_binaries: bool = False
     packed_cache: bool | Path = False
+    capture: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def bench(
         strategies=None,
         trust_binaries=request.trust_binaries,
         packed_cache=request.packed_cache,
+        capture=request.capture,
         progress=progress,
         on_preflight=check,
     )

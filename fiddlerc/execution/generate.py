@@ -30,16 +30,21 @@ class RunRequest:
     strategies: tuple[str, ...] | None = None
     trust_binaries: bool = False
     packed_cache: bool | Path = False
+    capture: bool = False
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """The generated continuation, its timing, what each strategy did, and what ran it."""
+    """The generated continuation, its timing, what each strategy did, and what ran it.
+
+    captured  decode steps that were captured, replayed, and run as ever; None unless it was asked for
+    """
 
     text: str
     timing: Timing
     counters: dict[str, Any]
     engine: dict[str, Any]
+    captured: dict[str, int] | None
 
 
 def run(
@@ -74,6 +79,7 @@ def run(
         strategies=request.strategies,
         trust_binaries=request.trust_binaries,
         packed_cache=request.packed_cache,
+        capture=request.capture,
         progress=progress,
         experts=request.experts,
         on_preflight=on_preflight,
@@ -103,7 +109,8 @@ def run(
             )
         timing = clock.timing(prompt_tokens)
         text = tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True)
-        return RunResult(text, timing, model.fiddler.counters(), model.fiddler.describe())
+        captured = None if model.captured is None else dict(model.captured.steps)
+        return RunResult(text, timing, model.fiddler.counters(), model.fiddler.describe(), captured)
     finally:
         model.fiddler.close()
 

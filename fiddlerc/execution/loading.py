@@ -50,6 +50,7 @@ def load_model(
     strategies: tuple[str, ...] | None,
     trust_binaries: bool,
     packed_cache: bool | Path = False,
+    capture: bool = False,
     progress: Progress | None = None,
     on_preflight: OnPreflight | None = None,
     experts: Path | None = None,
@@ -67,6 +68,7 @@ def load_model(
         threads=threads,
         strategies=strategies,
         packed_cache=packed_cache,
+        capture=capture,
         progress=progress,
         on_preflight=on_preflight,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Literal, cast
 
 import torch
 
-from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.errors import FiddlerError, FiddlerWarning
 from fiddler_runtime.kernels import KernelLibrary, Kernels
 from fiddler_runtime.lanes.device import Device, open_device
 from fiddler_runtime.machine import Machine, cpu_lane_threads, this_machine
@@ -26,6 +27,8 @@ from .lanes import (
     accelerator_read_gbps,
     after_attention,
     beside,
+    captured_entries,
+    launches,
     queue_entry,
 )
 from .regimes import Regimes, split_regimes
@@ -146,6 +149,8 @@ def measure(
                     samples += session.experts(
                         "gpu_expert", shape, partial(gpu.timed, meanwhile=once), 1, "torch", where
                     )[1]
+                if library is first:
+                    samples += _overheads(session, device, shape, kernels)
                 # The simulated copy engine is one thread more on those cores.
                 with (
                     beside(cpu.timed(_BUSY_TOKENS) if busy else None),
@@ -349,18 +354,38 @@ def _copy_samples(session: _Session, device: Device, shape: Shape, rotated: int,
     slot = session.effort.seconds / 2 / max(1, len(sizes))
     samples = []
     for nbytes, of in sizes.items():
-        copies = Copies(device, nbytes, rotated)
+        copies, slow = Copies(device, nbytes, rotated), None
         try:
-            for quantity, timed in (
-                ("host_to_device", copies.expert(*of)),
-                ("device_to_host", copies.to_host(nbytes)),
-            ):
+            ways = [("host_to_device", copies.expert(*of)), ("device_to_host", copies.to_host(nbytes))]
+            if device.kind == "cuda":  # elsewhere no memory is locked for copies
+                slow = Copies(device, nbytes, rotated, pageable=True)
+                ways.append(("host_to_device_pageable", slow.expert(*of)))
+            for quantity, timed in ways:
                 repetition = partial(repeat, timed, seconds=slot / 2, least=3, most=session.effort.most)
                 series = Series(session.guarded(repetition))
                 samples.append(_sample(cast(Quantity, quantity), (0, 0), 0, nbytes, 1, "", series))
         finally:
-            copies.close()
+            for opened in (copies, slow):
+                if opened is not None:
+                    opened.close()
     session.step("copies")
+    return samples
+
+
+def _overheads(session: _Session, device: Device, shape: Shape, kernels: Kernels) -> list[Sample]:
+    """What is paid for an operation given to the accelerator, and for a captured layer's entering the CPU lane."""
+
+    def series(timed: Timed) -> Series:
+        return Series(session.guarded(partial(repeat, timed, seconds=0.2, least=20, most=500, warm_up=5)))
+
+    samples = [_sample("launch", (0, 0), 0, 4, 1, "", series(launches(device)))]
+    try:
+        with captured_entries(device, kernels) as entry:
+            samples.append(
+                _sample("captured_entry", shape, 1, 2 * shape[0], kernels.threads, kernels.isa, series(entry))
+            )
+    except FiddlerError as error:
+        warnings.warn(f"captured steps are not measured: {error}", FiddlerWarning, stacklevel=3)
     return samples
 
 

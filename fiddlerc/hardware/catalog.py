@@ -13,7 +13,7 @@ from fiddler_runtime import strict
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import KNOWN_ISAS
 
-from ..ir import Calibration, Limits, Machine, Sample, StepSample
+from ..ir import COPIES, Calibration, Limits, Machine, Sample, StepSample
 
 CATALOG = Path(__file__).parent / "catalog"
 SCHEMA: Literal["fiddlerc-hw/2"] = "fiddlerc-hw/2"
@@ -154,7 +154,7 @@ def _verify_limits(limits: Limits, has_accelerator: bool, need: _Need) -> None:
 
 def _verify_sample(sample: Sample, key: str, need: _Need) -> None:
     shape = (sample.hidden_size, sample.intermediate_size, sample.tokens)
-    if sample.quantity in ("host_to_device", "device_to_host"):
+    if sample.quantity in COPIES:
         need(
             shape == (0, 0, 0), key, f"a shape of {shape}", "0 for hidden_size, intermediate_size and tokens of a copy"
         )

@@ -8,18 +8,24 @@ from __future__ import annotations
 import copy
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fiddler_runtime.captured.layers import CapturedLayers
+from fiddler_runtime.dispatch import Dispatcher
+from fiddler_runtime.errors import FiddlerWarning
 from fiddler_runtime.kernels import Kernels, empty_packed, make_pointers
 from fiddler_runtime.lanes.device import Device, UnpackedExpert, run_expert, unpack_expert_into
 from fiddler_runtime.lanes.routing import route
 from fiddler_runtime.makespan import CPU, RESIDENT
-from fiddler_runtime.plan import ExpertForm
+from fiddler_runtime.plan import ExpertForm, Tables
+from fiddler_runtime.store import ExpertStore
 
 from .sampling import Timed
 
@@ -28,6 +34,8 @@ _ATTENTION_S = 3e-4  # about a layer's attention of a small model
 _ATTENTION_BYTES = 8 << 20
 _TOGETHER = 4  # experts of a layer, where a single one is small for all threads:
 _SMALL_BYTES = 16 << 20
+_LAUNCHES = 100
+_CAPTURED_LAYERS = 32
 
 
 def random_weights(nbytes: int) -> torch.Tensor:
@@ -165,17 +173,27 @@ class Copies:
     """Copies between the host and the accelerator, on its copy engine.
 
     An expert's copy ends with unpacking, which the copy engine does too; source rotates over at least `rotate_bytes`.
+    pageable: the host's memory is not locked for the copies.
     """
 
-    def __init__(self, device: Device, largest_bytes: int, rotate_bytes: int) -> None:
+    def __init__(self, device: Device, largest_bytes: int, rotate_bytes: int, *, pageable: bool = False) -> None:
         self._device = device
         self._source = random_weights(max(largest_bytes, rotate_bytes))
-        self._unpin = device.pin(self._source)
+        self._pin = None if pageable else device.pin(self._source)
+        if self._pin is not None and self._pin.bytes < self._source.nbytes:
+            warnings.warn(
+                "memory may not be locked here: copies to the GPU are measured as slow as the runtime will make them; "
+                "hint: ulimit -l unlimited",
+                FiddlerWarning,
+                stacklevel=3,
+            )
+            self._pin.undo()
 
     def close(self) -> None:
         """Lets the host memory go."""
         self._device.synchronize()
-        self._unpin()
+        if self._pin is not None:
+            self._pin.undo()
 
     def expert(self, hidden_size: int, intermediate_size: int) -> Timed:
         """Copying one packed expert of that shape to the accelerator and unpacking it there; microseconds."""
@@ -269,12 +287,71 @@ def queue_entry(device: Device, hidden_size: int, meanwhile: Timed) -> Timed:
 
     def call(index: int) -> float:
         started = time.perf_counter_ns()
-        route(ids, weights, counts, strategy, device.torch_device)
+        route(ids, weights, counts, strategy, device.send)
         future = device.submit(empty_layer, hidden.to(device.torch_device))
         meanwhile(index)
         return (device.join(future) - started) / 1e3
 
     return call
+
+
+def launches(device: Device) -> Timed:
+    """Giving the compute queue one operation on four bytes, of a hundred in a row; then the queue is waited for."""
+    target = torch.zeros(1, device=device.torch_device)
+
+    def run(_: int) -> float:
+        settle(device)
+        started = time.perf_counter_ns()
+        for _ in range(_LAUNCHES):
+            target.add_(1.0)
+        return (time.perf_counter_ns() - started) / 1e3 / _LAUNCHES
+
+    return lambda index: device.join(device.submit(run, index))
+
+
+@contextmanager
+def captured_entries(device: Device, kernels: Kernels) -> Iterator[Timed]:
+    """What a layer of a captured step pays for entering the CPU lane, in a step of nothing but such layers.
+
+    One token, which chose no expert, goes to the mailbox; there is a decision; an empty result comes back.
+    """
+    hidden_size = kernels.library.spec.hidden_size
+    rows, grid = range(_CAPTURED_LAYERS), np.arange(4, dtype=np.int32)
+    none = np.zeros((_CAPTURED_LAYERS, 1))
+    us = grid.astype(np.float32)
+    tables = Tables(
+        tokens=grid,
+        cpu_us=us[None],
+        regime_shares=np.ones(1, np.float32),
+        gpu_us=us,
+        rest_us=us,
+        rest_kv_us=np.zeros(1, np.float32),
+        scalars_us=np.ones(3, np.float32),
+        contention=np.zeros(1, np.float32),
+        decode_streams=np.zeros(2, np.int32),
+        prefetch=np.full((_CAPTURED_LAYERS, 1, 2), -1, np.int16),
+        resident=none.astype(np.uint8),
+        popularity=none.astype(np.float32),
+    )
+    nothing: tuple[dict[int, Any], ...] = tuple({} for _ in rows)
+    store = ExpertStore(nothing, nothing, tuple(make_pointers([None]) for _ in rows), [])
+    decided = Dispatcher(kernels.library, tables, 1, allow=("resident", "cpu"))
+    layers = CapturedLayers(hidden_size, 1, device, store, kernels, decided)
+    try:
+        where = device.torch_device
+        hidden = torch.zeros(1, hidden_size, dtype=_BF16, device=where)
+        ids = torch.full((1, 1), -1, dtype=torch.int64, device=where)
+        weights = torch.ones(1, 1, device=where)
+        captured = layers.capture(1, lambda: [layers.moe(row, hidden, ids, weights) for row in rows])
+
+        def call(_: int) -> float:
+            started = time.perf_counter_ns()
+            layers.replay(captured)
+            return (time.perf_counter_ns() - started) / 1e3 / _CAPTURED_LAYERS
+
+        yield call
+    finally:
+        layers.close()
 
 
 def after_attention(timed: Timed, tokens: int, hidden_size: int, where: torch.device) -> Timed:

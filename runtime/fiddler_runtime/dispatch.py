@@ -97,6 +97,7 @@ class Dispatcher:
             self._latencies.contention,
             self._latencies.rows,
         )
+        self._struct = struct
         self._tables = ctypes.byref(struct)
         self._rows = [ctypes.c_void_p(row.ctypes.data) for row in self._resident]
         self._experts = ctypes.c_int32(num_experts)
@@ -132,6 +133,14 @@ class Dispatcher:
         if status:
             self._library.check(status, "dispatch a layer")
         return self.strategy
+
+    def native_tables(self) -> tuple[int, int]:
+        """Addresses of the fdl_tables and of resident uint8 [layers, experts]: valid as long as this object lives."""
+        return ctypes.addressof(self._struct), int(self._resident.ctypes.data)
+
+    def move_out(self, layer: int, expert: int) -> None:
+        """That expert is not resident any more."""
+        self._resident[layer, expert] = 0
 
     def lend(self, layer: int, expert: int) -> None:
         """Until `take_back`, decides as if that expert were resident: its weights are on their way for this step."""

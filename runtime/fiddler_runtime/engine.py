@@ -7,15 +7,19 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from . import strategies as rules
 from .ahead import Ahead
+from .captured.layers import CapturedLayers
+from .captured.native import NativeStep
 from .counters import PHASES, Counters, Phase
 from .dispatch import Dispatcher
 from .drift import LANES, Drift
@@ -28,12 +32,15 @@ from .loading import load_plan, open_library
 from .machine import cpu_lane_threads, lane_cpus, usable_cores
 from .makespan import CPU, RESIDENT, SPLIT, STREAMED
 from .packed_cache import PackedCache
-from .plan import Plan
+from .plan import ModelSpec, Plan
 from .preflight import survey
 from .progress import Progress
+from .residents import Place, by_popularity, kept_for_later, reserve, tell
 from .store import place
 from .strategies import DeviceChoice
 from .weights import ExpertWeights
+
+_EARLY_TOKENS = 64
 
 
 class Engine:
@@ -49,6 +56,8 @@ class Engine:
     packed_cache  keep the packed experts in this folder, or beside the checkpoint if True, and map them from there:
                 the next engine starts at once, and engines share memory (docs/runtime.md). Default: they are packed
                 into memory of the engine's own
+    whole_model  leave the accelerator memory that the plan counts for a KV cache and activations: where there is less,
+                residents are given up for it, with a warning
     progress    called with (label, done, total) while kernels are built and weights are loaded
 
     One thread at a time runs `moe`; others wait. An engine does not survive fork: make it in the child.
@@ -65,6 +74,7 @@ class Engine:
         threads: int | None = None,
         strategies: Sequence[str] | None = None,
         packed_cache: PackedCache | bool | str | Path | None = False,
+        whole_model: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self.plan = plan if isinstance(plan, Plan) else load_plan(plan)
@@ -91,9 +101,20 @@ class Engine:
             beside_torch = self._device.kind == "none"
             self._kernels = self._library.open(isa, count, cpus=lane_cpus(count), beside_torch=beside_torch)
             try:
-                self._store = place(
+                lane = None
+                if setup.streaming:
+                    lane = _streamed_lane(self._device, self.spec, prefetch="prefetch" in setup.features)
+                rooms = reserve(
                     self.spec,
                     setup.resident,
+                    self.plan.tables.popularity,
+                    self._device,
+                    keep_bytes=kept_for_later(self.plan.header) if whole_model else 0,
+                    all_needed=self.strategies == ("resident",),
+                )
+                self._store = place(
+                    self.spec,
+                    rooms,
                     weights,
                     self._kernels,
                     self._device,
@@ -107,16 +128,17 @@ class Engine:
             self._device.close()
             raise
         # The tables as they apply here: where the weights are decides, not where the plan would have put them.
-        tables = dataclasses.replace(self.plan.tables, resident=setup.resident.astype(np.uint8))
+        tables = dataclasses.replace(self.plan.tables, resident=self._store.places.astype(np.uint8))
         self._features = tuple(sorted(setup.features))
         rows = self.spec.intermediate_size if "split" in setup.features and "cpu" in self.strategies else 0
-        self._dispatcher = Dispatcher(self._library, tables, self.spec.num_experts, allow=self.strategies, rows=rows)
+        # Where all were to be resident there is no streamed lane, also if some had to be given up.
+        self._allowed = [strategy for strategy in self.strategies if strategy != "streamed" or lane is not None]
+        self._dispatcher = Dispatcher(self._library, tables, self.spec.num_experts, allow=self._allowed, rows=rows)
         # What is worth fetching ahead was decided for the plan's own residents.
         self._ahead = Ahead(self.plan.tables.prefetch, self._store) if "prefetch" in setup.features else None
-        lane = None
-        if setup.streaming:
-            lane = StreamedLane(self._device, self.spec.expert, prefetch="prefetch" in setup.features)
         self._lanes = AcceleratorLanes(self._device, self._store, lane)
+        self._tables = tables
+        self._captured: CapturedLayers | None = None
         self._drift = Drift(self.plan)
         self._description = self._describe()
 
@@ -137,12 +159,15 @@ class Engine:
         Raises FiddlerError for an unknown layer or wrong shapes, and after `close` or fork.
         """
         row = self._check(layer, hidden, topk_ids, topk_weights)
+        captured = self._captured
+        if captured is not None and captured.within():
+            return captured.moe(row, hidden, topk_ids, topk_weights).to(hidden.dtype)
         if hidden.shape[0] == 0:
             return torch.empty_like(hidden)
         with self._lock:
             if self._closed:
                 raise FiddlerError("the engine is closed", found="a call of moe() after close()")
-            out = self._run(row, hidden, topk_ids, topk_weights)
+            out = self._run_within_memory(row, hidden, topk_ids, topk_weights)
         return out.to(device=hidden.device, dtype=hidden.dtype)
 
     def _check(self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> int:
@@ -174,11 +199,49 @@ class Engine:
             )
         return row
 
+    def _run_within_memory(
+        self, row: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`_run`, giving up one resident after the other while the accelerator's memory does not suffice for it."""
+        given_up = 0
+        while True:
+            try:
+                out = self._run(row, hidden, topk_ids, topk_weights)
+                break
+            except torch.OutOfMemoryError as error:
+                left = by_popularity(self._store.places, self.plan.tables.popularity)
+                if not left or "cpu" not in self._allowed:
+                    raise FiddlerError(
+                        "the accelerator's memory does not suffice for a layer",
+                        found=f"{hidden.shape[0]} tokens, {len(left)} resident experts: {str(error).splitlines()[0]}",
+                        hint="a shorter prompt (transformers: prefill_chunk_size), or a plan for less --gpu-memory",
+                    ) from error
+            self._give_up(left[-1])
+            given_up += 1
+        if given_up:
+            tell(self.spec, given_up, int(self._store.places.sum()), all_needed=False)
+        return out
+
+    def _give_up(self, place: Place) -> None:
+        """From now on that expert runs where the others do that are not resident."""
+        self._store.give_up(place, self._kernels, self._device)
+        self._dispatcher.move_out(*place)
+        self._tables.resident[place] = 0
+        if self._captured is not None:  # its steps compute with the expert's memory
+            self._captured.close()
+            self._captured = None
+        self._description = self._describe()
+
     def _run(self, row: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """One layer; returns fp32 [T, H] on whichever side computed last."""
         started = time.perf_counter_ns()
-        ids = topk_ids.to(device="cpu", dtype=torch.int64).contiguous()
-        weights = topk_weights.to(device="cpu", dtype=torch.float32).contiguous()
+        device = self._device
+        ids, _ = device.to_host("ids", topk_ids, torch.int64)
+        weights, routed = device.to_host("weights", topk_weights, torch.float32)
+        # Few tokens travel with their routing. Of many the copy would hold up the accelerator's own work.
+        early = hidden.shape[0] <= _EARLY_TOKENS
+        there = device.to_host("hidden", hidden, torch.bfloat16) if early else None
+        device.arrived(routed)
         decided = self._dispatcher
         lent = None if self._ahead is None else self._ahead.fetched_for(row)
         if lent is not None:
@@ -193,18 +256,18 @@ class Engine:
         handed = time.perf_counter_ns()
         if calls[RESIDENT] or calls[STREAMED] or calls[SPLIT]:
             split = (int(decided.split[0]), int(decided.split[1])) if calls[SPLIT] else None
-            device = self._device.torch_device
-            routing = route(ids, weights, decided.counts, strategy, device, split=split, lent=lent)
-            there = hidden.to(device=device, dtype=torch.bfloat16)
-            future = self._lanes.submit(row, there, routing, ahead)
+            routing = route(ids, weights, decided.counts, strategy, device.send, split=split, lent=lent)
+            given = hidden.to(device=device.torch_device, dtype=torch.bfloat16)
+            future = self._lanes.submit(row, given, routing, ahead)
         elif ahead is not None:
             self._lanes.prefetch(*ahead)
         cpu_us = accelerator_us = 0.0
         out: torch.Tensor | None = None
         try:
             if calls[CPU] or calls[SPLIT] or future is None:
-                here = hidden.to(device="cpu", dtype=torch.bfloat16).contiguous()
-                out = torch.empty(here.shape, dtype=torch.float32)
+                here, copied = there or device.to_host("hidden", hidden, torch.bfloat16)
+                out = device.host_room("out", tuple(here.shape), torch.float32)
+                device.arrived(copied)
                 before = time.perf_counter_ns()
                 rows = int(decided.split[1])
                 self._kernels.moe(here, ids, weights, self._store.pointers[row], out, strategy, rows)
@@ -216,21 +279,64 @@ class Engine:
                 theirs, done = self._lanes.join(future)
                 # A caller that had to wait is woken up again: that is the lane's time too, as in its calibration.
                 accelerator_us = ((time.perf_counter_ns() if done > came else done) - handed) / 1e3
+        if out is not None:
+            out = device.to_device("out", out)
         if future is not None:
-            out = theirs if out is None else theirs.add_(out.to(theirs.device))
+            out = theirs if out is None else theirs.add_(out)
         assert out is not None
         layer_us = (time.perf_counter_ns() - started) / 1e3
         actual = (cpu_us, accelerator_us)
         self._counters.add(self._phase, calls, strategy, decided.counts, decided.lane_us, actual, layer_us)
-        self._watch(actual)
+        self._watch(decided.lane_us, actual)
         if lent is not None:
             self._counters.prefetch_used += int(strategy[lent] == RESIDENT)
         self._counters.prefetched += ahead is not None
         return out
 
-    def _watch(self, actual_us: tuple[float, float]) -> None:
+    @contextmanager
+    def captured(self) -> Iterator[CapturedLayers]:
+        """Steps whose layers run without Python between them; while the context is open, `moe` waits in other threads.
+
+        Raises FiddlerError where there is no such thing: without an accelerator, or where experts may neither be
+        resident nor run on the CPU. After residents were given up it is another one, to which older steps mean nothing.
+        """
+        with self._lock:
+            if self._closed:
+                raise FiddlerError("the engine is closed", found="a captured step after close()")
+            if self._captured is None:
+                allow = [strategy for strategy in self.strategies if strategy != "streamed"]
+                if "cpu" not in allow and not self._tables.resident.all():
+                    raise FiddlerError(
+                        "experts that are not resident have no lane in captured steps, which stream none",
+                        found="strategies " + ",".join(self.strategies),
+                        expected="cpu among them",
+                        hint="--strategies resident,cpu",
+                    )
+                decided = Dispatcher(self._library, self._tables, self.spec.num_experts, allow=allow)
+                self._captured = CapturedLayers(
+                    self.spec.hidden_size,
+                    self.spec.top_k,
+                    self._device,
+                    self._store,
+                    self._kernels,
+                    decided,
+                    done=self._count_captured,
+                )
+            yield self._captured
+
+    def _count_captured(self, step: NativeStep) -> None:
+        """Notes a step's layers. How long the accelerator took for each nobody knows: it counts as idle."""
+        for row in range(len(step.strategy)):
+            cpu_us = float(step.cpu_ns[row]) / 1e3
+            calls = np.bincount(step.strategy[row], minlength=SPLIT + 1)
+            predicted = np.array([step.lane_us[row, 0], 0.0], np.float32)
+            actual = (cpu_us if calls[CPU] else 0.0, 0.0)
+            self._counters.add(self._phase, calls, step.strategy[row], step.counts[row], predicted, actual, cpu_us)
+            self._watch(predicted, actual)
+
+    def _watch(self, predicted_us: npt.NDArray[np.float32], actual_us: tuple[float, float]) -> None:
         """Warns, once, when a lane is not as fast or slow as the plan says."""
-        for lane, predicted, actual in zip(LANES, self._dispatcher.lane_us.tolist(), actual_us, strict=True):
+        for lane, predicted, actual in zip(LANES, predicted_us.tolist(), actual_us, strict=True):
             # On a GPU the queue's thread is done before the GPU is: its time is not the lane's.
             if predicted > 0 and not (lane == "accelerator" and self._device.kind == "cuda"):
                 self._drift.note(lane, predicted, actual)
@@ -257,6 +363,7 @@ class Engine:
         return dict(self._description)
 
     def _describe(self) -> dict[str, Any]:
+        resident = int(self._store.places.sum())
         symbols = {variant.isa: variant.symbol for variant in self.plan.header.kernels.variants}
         return {
             "plan": self.plan.path.name,
@@ -270,10 +377,10 @@ class Engine:
             "threads": self._kernels.threads,
             "whose_threads": self._kernels.whose_threads,
             "library": str(self._library.path),
-            "resident_experts": sum(len(row) for row in self._store.resident),
-            "total_experts": len(self._rows) * self.spec.num_experts,
-            "resident_bytes": self._store.resident_bytes,
-            "arena_bytes": self._store.arena_bytes,
+            "resident_experts": resident,
+            "total_experts": self._store.places.size,
+            "resident_bytes": resident * self.spec.expert_bytes,
+            "arena_bytes": (self._store.places.size - resident) * self._library.packed_bytes,
         }
 
     def close(self) -> None:
@@ -282,6 +389,8 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+            if self._captured is not None:
+                self._captured.close()
             self._device.close()
             self._store.close()
             self._kernels.close()
@@ -292,6 +401,17 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _streamed_lane(device: Device, spec: ModelSpec, *, prefetch: bool) -> StreamedLane:
+    try:
+        return StreamedLane(device, spec.expert, prefetch=prefetch)
+    except torch.OutOfMemoryError as error:
+        raise FiddlerError(
+            f"not enough accelerator memory to stream experts of {spec.name}",
+            found=str(error).splitlines()[0],
+            hint="--strategies resident,cpu",
+        ) from error
 
 
 def _cpu_threads(asked: int | None, device: Device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 
 from . import strategies as rules
+from .captured.forward import CapturedForward
 from .checkpoint import check_identity, read_config
 from .engine import Engine
-from .errors import FiddlerError
+from .errors import FiddlerError, FiddlerWarning
 from .loading import load_plan, open_library
 from .packed_cache import PackedCache
 from .plan import ModelSpec, Plan
@@ -39,6 +41,7 @@ def load(
     isa: str | None = None,
     attn_implementation: str | None = None,
     packed_cache: bool | str | Path = False,
+    capture: bool = False,
     progress: Progress | None = None,
     on_preflight: Callable[[Preflight], None] | None = None,
 ) -> Any:
@@ -48,6 +51,9 @@ def load(
     them, in bf16. `model.fiddler` is the Engine: its counters, and `close()` when the model is no longer needed.
 
     experts       the ONNX file that has them, for a plan compiled from one: only the rest is read from model_dir
+    capture       decode steps of up to 16 tokens (a batch, its beams) are captured and run without Python between their
+                  layers, on a static cache (docs/runtime.md): `model.captured.steps` counts them. Steps that cannot be
+                  captured run as ever, with a warning. Experts are then resident or on the CPU, never streamed
     on_preflight  is told what is needed before anything large begins
     The other arguments are the Engine's. Raises FiddlerError, among others for a model that is not the plan's, a
     checkpoint that lacks a tensor, too little memory.
@@ -73,6 +79,9 @@ def load(
 
     # Before the experts: while it loads, transformers holds some tensors twice.
     model = load_without_experts(model_dir, spec, dtype, attn_implementation)
+    if setup.kind == "cuda":
+        # Before the experts, too: what is left of the accelerator's memory is then theirs.
+        model.to(torch.device("cuda", torch.cuda.current_device()))
     engine = Engine(
         plan,
         weights,
@@ -81,15 +90,28 @@ def load(
         threads=threads,
         strategies=strategies,
         packed_cache=cache,
+        whole_model=True,
         progress=progress,
     )
-    model.to(engine.device)
     for module in model.modules():
         if isinstance(module, PlannedExperts):
             module.engine = engine
     model.register_forward_pre_hook(_note_phase, with_kwargs=True)
     model.fiddler = engine
+    model.captured = _capture(model, engine) if capture else None
     return model
+
+
+def _capture(model: Any, engine: Engine) -> CapturedForward | None:
+    """Has decode steps captured from now on. Warns (FiddlerWarning) and returns None where nothing can be."""
+    try:
+        with engine.captured():
+            model.forward = CapturedForward(model, engine)
+    except FiddlerError as error:
+        warnings.warn(f"decode steps are not captured: {error}", FiddlerWarning, stacklevel=3)
+        return None
+    captured: CapturedForward = model.forward
+    return captured
 
 
 class PlannedExperts(nn.Module):
@@ -163,6 +185,16 @@ def _without_experts(base: Any, spec: ModelSpec) -> Any:
             # Runs on the meta device: the experts that are made here and dropped take no memory.
             super().__init__(*args, **kwargs)
             _replace_experts(self, spec)
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            if (
+                getattr(self, "captured", None) is not None
+                and kwargs.get("past_key_values") is None
+                and kwargs.get("use_cache", True)
+            ):
+                # Compiling would take the capture's place.
+                kwargs = {"cache_implementation": "static", "disable_compile": True, **kwargs}
+            return super().generate(*args, **kwargs)
 
         def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
             raise FiddlerError(

@@ -315,6 +315,11 @@ class Kernels:
         self.library.check(status, "measure the peak")
         return result.value
 
+    @property
+    def handle(self) -> c_void_p:
+        """The fdl_kernels. Raises FiddlerError after `close`."""
+        return self._open()
+
     def close(self) -> None:
         """Stops the threads. Does nothing if already closed."""
         handle, self._handle = self._handle, None

@@ -38,6 +38,7 @@ class Preflight:
     available      what is free, of what is known
     mapped_bytes   packed experts that lie on disk and take memory as far as there is some
     source_bytes   experts that are read from the checkpoint
+    resident_bytes  of the accelerator's memory: resident experts, as far as they may run elsewhere
     """
 
     model: str
@@ -45,6 +46,7 @@ class Preflight:
     available: dict[Where, int]
     mapped_bytes: int
     source_bytes: int
+    resident_bytes: int = 0
 
     def needed(self, where: Where) -> int:
         """Bytes of all items there."""
@@ -77,7 +79,9 @@ class Preflight:
         Warns (FiddlerWarning) where mapped experts do not all fit: they run, at the disk's speed.
         """
         for where in get_args(Where):
-            if where in self.available and self.needed(where) > self.available[where]:
+            # Residents are given up where there is no room for them (residents.py).
+            needed = self.needed(where) - (self.resident_bytes if where == "accelerator memory" else 0)
+            if where in self.available and needed > self.available[where]:
                 items = ", ".join(
                     f"{need.item} {format_bytes(need.bytes)}"
                     for need in self.needs
@@ -145,7 +149,8 @@ def survey(header: Header, setup: Setup, cache: PackedCache | None, *, whole_mod
     if setup.kind == "cuda":
         available["accelerator memory"] = int(torch.cuda.mem_get_info()[0])
     source = total * spec.expert_bytes if cache is None else cache.missing_bytes()
-    return Preflight(spec.name, tuple(needs), available, 0 if cache is None else on_host, source)
+    optional = residents * spec.expert_bytes if "cpu" in setup.strategies else 0
+    return Preflight(spec.name, tuple(needs), available, 0 if cache is None else on_host, source, optional)
 
 
 def survey_packing(spec: ModelSpec, cache: PackedCache) -> Preflight:

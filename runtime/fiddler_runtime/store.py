@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +13,16 @@ import numpy.typing as npt
 import torch
 
 from . import arena
+from .errors import FiddlerWarning
 from .kernels import Kernels, make_pointers
 from .lanes.device import Device, UnpackedExpert
+from .lanes.pinning import Pin
 from .packed_cache import PackedCache
 from .plan import ModelSpec
 from .progress import BYTES, Progress
 from .reading import Room, buffers, read_ahead
+from .residents import Place
+from .text import format_bytes
 from .weights import ExpertWeights
 
 LOADING = "loading experts" + BYTES
@@ -35,19 +40,38 @@ class ExpertStore:
     resident: tuple[dict[int, UnpackedExpert], ...]
     packed: tuple[dict[int, torch.Tensor], ...]
     pointers: tuple[ctypes.Array[ctypes.c_void_p], ...]
-    resident_bytes: int
-    arena_bytes: int
-    unpin: tuple[Callable[[], None], ...]
+    pins: list[Pin]
+
+    @property
+    def places(self) -> npt.NDArray[np.bool_]:
+        """Which experts are resident, bool [rows, experts]."""
+        mask = np.zeros((len(self.resident), len(self.pointers[0])), np.bool_)
+        for row, experts in enumerate(self.resident):
+            mask[row, list(experts)] = True
+        return mask
+
+    def give_up(self, place: Place, kernels: Kernels, device: Device) -> None:
+        """Moves a resident expert to host memory, and its memory on the accelerator back to where it came from."""
+        row, expert = place
+        # Not of the lane's memory: that is what there is too little of.
+        here = self.resident[row][expert].to(torch.device("cpu"))
+        packed = arena.allocate(kernels.library.packed_bytes)
+        kernels.pack(*here.matrices, packed, here.biases)
+        del self.resident[row][expert]
+        self.packed[row][expert] = packed
+        self.pointers[row][expert] = packed.data_ptr()
+        self.pins.append(device.pin(packed))
+        device.release()
 
     def close(self) -> None:
         """Gives pinned memory back to the system's paging; the tensors are freed with the store."""
-        for undo in self.unpin:
-            undo()
+        for pin in self.pins:
+            pin.undo()
 
 
 def place(
     spec: ModelSpec,
-    resident: npt.NDArray[np.bool_],
+    rooms: Mapping[Place, UnpackedExpert],
     weights: ExpertWeights,
     kernels: Kernels,
     device: Device,
@@ -55,19 +79,26 @@ def place(
     cache: PackedCache | None = None,
     progress: Progress | None = None,
 ) -> ExpertStore:
-    """Puts every expert where `resident` bool [layers, experts] says: from `weights`, or from the packed `cache`.
+    """Puts every expert into its room on the accelerator, or, where it has none, packed into host memory: from
+    `weights`, or from the packed `cache`.
 
+    rooms  by (row, expert): the memory of the residents (residents.reserve), which is filled
     `weights` has passed its check; each expert is read once, none if the cache is complete.
     """
     layers = spec.moe_layers
-    missing = [[e for e in range(spec.num_experts) if not resident[row, e]] for row in range(len(layers))]
+    missing = [[e for e in range(spec.num_experts) if (row, e) not in rooms] for row in range(len(layers))]
     if cache is None:
-        packed, residents, memories = _read(spec, missing, weights, kernels, device, progress)
+        packed, memories = _read(spec, missing, rooms, weights, kernels, device, progress)
     else:
         cache.fill(kernels, drop_behind=weights.drop_behind, progress=progress)
-        packed, residents, memories = _map(spec, missing, cache, kernels, device, progress)
+        packed, memories = _map(missing, rooms, cache, kernels, device, progress)
     # Last: pinning touches every page, and would bring them in before the kernels' threads do.
-    unpin = tuple(device.pin(memory, mapped=cache is not None) for memory in memories)
+    unit = kernels.library.packed_bytes
+    pins = [device.pin(memory, unit_bytes=unit, mapped=cache is not None) for memory in memories]
+    residents: tuple[dict[int, UnpackedExpert], ...] = tuple({} for _ in layers)
+    for row, expert in sorted(rooms):
+        residents[row][expert] = rooms[row, expert]
+    _warn_of_pageable(spec, sum(pin.bytes for pin in pins), sum(memory.nbytes for memory in memories))
     return ExpertStore(
         resident=residents,
         packed=packed,
@@ -75,19 +106,28 @@ def place(
             make_pointers([here[e].data_ptr() if e in here else None for e in range(spec.num_experts)])
             for here in packed
         ),
-        resident_bytes=int(resident.sum()) * spec.expert_bytes,
-        arena_bytes=int((~resident).sum()) * kernels.library.packed_bytes,
-        unpin=unpin,
+        pins=pins,
     )
 
 
-_Placed = tuple[tuple[dict[int, torch.Tensor], ...], tuple[dict[int, UnpackedExpert], ...], list[torch.Tensor]]
-"""Packed and resident experts by row, and the memory that the packed ones lie in."""
+def _warn_of_pageable(spec: ModelSpec, locked: int, total: int) -> None:
+    if locked < total:
+        warnings.warn(
+            f"only {format_bytes(locked)} of {format_bytes(total)} of packed experts of {spec.name} could be locked in "
+            "memory: the GPU copies the others slowly, and nothing overlaps those copies; hint: ulimit -l unlimited",
+            FiddlerWarning,
+            stacklevel=4,
+        )
+
+
+_Placed = tuple[tuple[dict[int, torch.Tensor], ...], list[torch.Tensor]]
+"""Packed experts by row, and the memory that they lie in."""
 
 
 def _read(
     spec: ModelSpec,
     missing: list[list[int]],
+    rooms: Mapping[Place, UnpackedExpert],
     weights: ExpertWeights,
     kernels: Kernels,
     device: Device,
@@ -100,12 +140,12 @@ def _read(
         {} if memory is None else dict(zip(experts, memory.view(len(experts), -1).unbind(), strict=True))
         for experts, memory in zip(missing, arenas, strict=True)
     )
-    residents: tuple[dict[int, UnpackedExpert], ...] = tuple({} for _ in missing)
     turn = buffers(spec)
+    direct = device.torch_device.type == "cpu"
 
     def room(layer: int, expert: int) -> Room:
-        direct = device.torch_device.type == "cpu" and expert not in packed[row_of[layer]]
-        return UnpackedExpert.empty(spec.expert) if direct else turn(layer, expert)
+        home = rooms.get((row_of[layer], expert)) if direct else None
+        return turn(layer, expert) if home is None else home
 
     order = weights.order(spec)
     with contextlib.closing(read_ahead(weights, order, room)) as experts:
@@ -115,16 +155,16 @@ def _read(
             row = row_of[layer]
             if expert in packed[row]:
                 kernels.pack(*read.matrices, packed[row][expert], read.biases)
-            else:
-                residents[row][expert] = read.to(device.torch_device)
+            elif not direct:
+                rooms[row, expert].fill(read)
     if progress is not None:
         progress(LOADING, len(order) * spec.expert_bytes, len(order) * spec.expert_bytes)
-    return packed, residents, [memory for memory in arenas if memory is not None]
+    return packed, [memory for memory in arenas if memory is not None]
 
 
 def _map(
-    spec: ModelSpec,
     missing: list[list[int]],
+    rooms: Mapping[Place, UnpackedExpert],
     cache: PackedCache,
     kernels: Kernels,
     device: Device,
@@ -133,16 +173,19 @@ def _map(
     """Packed experts where they lie on disk; residents unpacked from there."""
     memories = cache.map()
     packed = tuple({e: memory[e] for e in experts} for experts, memory in zip(missing, memories, strict=True))
-    residents: tuple[dict[int, UnpackedExpert], ...] = tuple({} for _ in missing)
-    wanted = [(row, e) for row in range(len(missing)) for e in range(spec.num_experts) if e not in packed[row]]
+    nbytes = kernels.library.packed_bytes
     staging: UnpackedExpert | None = None
-    for number, (row, expert) in enumerate(wanted):
+    for number, (row, expert) in enumerate(sorted(rooms)):
         if progress is not None:
-            progress(LOADING, number * spec.expert_bytes, len(wanted) * spec.expert_bytes)
-        if staging is None or device.torch_device.type == "cpu":
-            staging = UnpackedExpert.empty(spec.expert)
+            progress(LOADING, number * nbytes, len(rooms) * nbytes)
+        home = rooms[row, expert]
+        if device.torch_device.type == "cpu":
+            staging = home
+        elif staging is None:
+            staging = home.to(torch.device("cpu"))
         kernels.unpack(memories[row][expert], *staging.matrices, staging.biases)
-        residents[row][expert] = staging.to(device.torch_device)
-    if progress is not None and wanted:
-        progress(LOADING, len(wanted) * spec.expert_bytes, len(wanted) * spec.expert_bytes)
-    return packed, residents, memories
+        if staging is not home:
+            home.fill(staging)
+    if progress is not None and rooms:
+        progress(LOADING, len(rooms) * nbytes, len(rooms) * nbytes)
+    return packed, memories

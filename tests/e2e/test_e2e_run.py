@@ -54,6 +54,19 @@ def test_the_kernel_variant_that_ran_is_the_best_one(plan: Path, capsys: pytest.
     assert result["timing"]["new_tokens"] == 8  # type: ignore[index]
 
 
+def test_captured_steps(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captured = generate(plan, capsys, "--strategies", "resident,cpu", "--device", "simulated", "--capture")
+    assert captured["text"]
+    assert captured["captured"] == {"captured": 1, "replayed": 5, "plain": 1}
+
+
+def test_without_an_accelerator_steps_are_not_captured_and_it_is_said(plan: Path, capsys) -> None:
+    arguments = ["run", str(plan), "--model", str(DEMO), "--prompt", "The", "--max-new-tokens", "4", "--device", "none"]
+    assert run_command_line([*arguments, "--capture"]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "warning: decode steps are not captured: nothing to capture steps on: found device none" in told
+
+
 @pytest.mark.parametrize("strategy", ["resident", "streamed", "cpu"])
 def test_one_strategy_alone(strategy: str, plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calls = generate(plan, capsys, "--strategies", strategy, "--device", "simulated")["counters"]["expert_calls"]  # type: ignore[index]

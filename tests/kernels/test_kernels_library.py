@@ -120,7 +120,7 @@ def test_only_the_interface_is_exported() -> None:
         [nm, "-D", "--defined-only", str(library(*SHAPE).path)], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     header = (Path(__file__).parents[2] / "templates/include/fiddler/abi.h").read_text()
-    declared = set(re.findall(r"^(?:int32_t|int64_t|void|const char\*) (fdl_\w+)\(", header, re.MULTILINE))
+    declared = set(re.findall(r"^(?:int32_t|int64_t|void\*?|const char\*) (fdl_\w+)\(", header, re.MULTILINE))
     assert {line.split()[-1] for line in lines} == declared
 
 

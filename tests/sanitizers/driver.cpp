@@ -84,6 +84,56 @@ void dispatches() {
   }
 }
 
+// Captured steps: a stream that enters the CPU lane by flags, one that calls it, and one that never comes.
+void steps(fdl_kernels* kernels) {
+  constexpr int kLayers = 3, kTokens = 2;
+  const Block packed(static_cast<size_t>(fdl_packed_bytes()));
+  const uint16_t* experts[kExperts];
+  for (auto& expert : experts) expert = packed.bf16();
+  const uint16_t* const* rows[kLayers] = {experts, experts, experts};
+  const std::vector<float> us{0, 1, 2};
+  const fdl_tables tables{us.data(), us.data(), 3, 1, 1, 1e30f, 0, 0};
+  const std::vector<uint8_t> resident(kLayers * kExperts);
+  std::vector<uint16_t> hidden(kTokens * fdl::kHidden, 0x3c00);
+  const std::vector<int64_t> ids{0, 1, 4, 2};
+  const std::vector<float> weight(ids.size(), 0.5f);
+  std::vector<float> out(hidden.size()), lanes(2 * kLayers);
+  std::vector<uint8_t> strategy(resident.size());
+  std::vector<int32_t> counts(resident.size());
+  std::vector<int64_t> ns(kLayers);
+  alignas(128) static uint32_t flags[64];
+  for (const int32_t polled : {1, 0, 2}) {
+    const bool lost = polled == 2;
+    const fdl_step_setup setup{&tables,   resident.data(), rows,         hidden.data(), ids.data(), weight.data(),
+                               out.data(), flags,           flags + 32,   strategy.data(), counts.data(), lanes.data(),
+                               ns.data(),  lost ? 50 : 60000, fdl::kHidden, kLayers,       kExperts,   kTopK,
+                               kTokens,    polled != 0};
+    fdl_step* step = nullptr;
+    require(fdl_step_open(kernels, &setup, &step) == FDL_OK, "step open");
+    for (int repeat = 0; repeat < 3; ++repeat) {
+      require(fdl_step_begin(step, kTokens) == (lost && repeat ? FDL_E_STALL : FDL_OK), "step begin");
+      if (lost && repeat) break;
+      std::thread stream([&] {
+        fdl_flag_write(flags + 32, 0);
+        for (int row = 0; row < kLayers; ++row) {
+          for (auto& value : hidden) value = static_cast<uint16_t>(0x3c00 + row);
+          if (polled) {
+            if (!lost) fdl_flag_write(flags, static_cast<uint32_t>(row) + 1);
+            fdl_flag_wait(flags + 32, static_cast<uint32_t>(row) + 1);
+          } else {
+            fdl_step_serve(fdl_step_layer(step, row));
+          }
+          volatile float seen = out[0];
+          (void)seen;
+        }
+      });
+      stream.join();
+      require(fdl_step_end(step, kLayers) == (lost ? FDL_E_STALL : FDL_OK), "step end");
+    }
+    fdl_step_close(step);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -101,6 +151,7 @@ int main() {
     layers(one, 3);
     first.join();
     second.join();
+    steps(one);
     fdl_close(one);
     fdl_close(other);
     std::printf("ran %s\n", isa);

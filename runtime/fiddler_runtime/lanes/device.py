@@ -6,24 +6,61 @@ same decisions, data movement and waiting without a GPU; nothing timed on it is 
 
 from __future__ import annotations
 
+import concurrent.futures
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
 from ..errors import FiddlerError, FiddlerWarning
 from ..machine import AcceleratorKind
+from ..plan import ExpertForm
+from .driver import Driver
 from .expert import UnpackedExpert, run_expert, unpack_expert, unpack_expert_into
+from .pinning import Pin, lock
+from .recording import CannotCapture, Recording
+from .transfers import HostBuffers
 from .worker import Worker
 
-__all__ = ["Device", "Ticket", "UnpackedExpert", "open_device", "run_expert", "unpack_expert", "unpack_expert_into"]
+__all__ = [
+    "CannotCapture",
+    "Device",
+    "Ticket",
+    "UnpackedExpert",
+    "open_device",
+    "run_expert",
+    "unpack_expert",
+    "unpack_expert_into",
+]
 
 R = TypeVar("R")
 Ticket = Any
 """A moment in a queue that another queue can wait for: a Future, a CUDA event, or None (already past)."""
+
+
+class Launched(ABC):
+    """Captured work on its way."""
+
+    @abstractmethod
+    def wait(self, seconds: float) -> bool:
+        """Whether it is done, after waiting for it for at most so long. Raises what it raised."""
+
+
+class Graph(ABC, Generic[R]):
+    """Work that was captured once and is launched again without Python: on the same memory, with the same shapes.
+
+    result  what the captured function returned; each launch overwrites its tensors
+    """
+
+    result: R
+
+    @abstractmethod
+    def launch(self) -> Launched:
+        """Starts it, after what the caller's current stream has been given; returns at once."""
 
 
 class Device(ABC):
@@ -64,15 +101,56 @@ class Device(ABC):
         """Inside submitted work: a ticket that is past when everything before it has run."""
 
     @abstractmethod
+    def capture(self, fn: Callable[[], R]) -> tuple[Graph[R], Launched]:
+        """fn() as a graph, and its first run, launched. fn's work goes to the current stream and depends on no value.
+
+        Raises CannotCapture for what cannot be captured; some of fn may have been run then, on a simulated device.
+        """
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Waits until both queues are empty. Raises what the last copy raised."""
 
-    def pin(self, tensor: torch.Tensor, *, mapped: bool = False) -> Callable[[], None]:
-        """Makes host memory fast to copy from, where that means something; returns what undoes it.
+    def pin(self, tensor: torch.Tensor, *, unit_bytes: int | None = None, mapped: bool = False) -> Pin:
+        """Makes host memory fast to copy from, where that means something, and as far as the system permits.
 
-        mapped  the tensor is a file, mapped read-only
+        unit_bytes  what is copied at a time, from multiples of that on; default: anything
+        mapped      the tensor is a file, mapped read-only
         """
-        return _nothing
+        return Pin(tensor.nbytes, _nothing)
+
+    def room(self, form: ExpertForm) -> UnpackedExpert:
+        """Memory on the accelerator for an expert. Raises torch.OutOfMemoryError."""
+        return UnpackedExpert.empty(form, self.torch_device)
+
+    def free_bytes(self) -> int | None:
+        """What is left of the accelerator's memory; None if that is the host's."""
+        return None
+
+    def release(self) -> None:  # noqa: B027
+        """Gives memory that nothing uses any more back to the accelerator."""
+
+    def to_host(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Ticket]:
+        """A contiguous copy of tensor in host memory, and the ticket after which it is there (`arrived`).
+
+        It is valid until the next one of that name. Called from the caller's thread.
+        """
+        return tensor.to(device="cpu", dtype=dtype).contiguous(), None
+
+    def arrived(self, ticket: Ticket) -> None:  # noqa: B027
+        """The caller waits for a ticket of `to_host`."""
+
+    def host_room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Host memory, uninitialised, that `to_device` is fast from; valid until the next one of that name."""
+        return torch.empty(shape, dtype=dtype)
+
+    def to_device(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Copies what is in the host_room of that name to the accelerator, in the caller's stream; returns at once."""
+        return tensor.to(self.torch_device)
+
+    def send(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Copies any host memory to the accelerator, in the caller's stream; returns at once."""
+        return self.to_device(name, tensor)
 
     @abstractmethod
     def close(self) -> None:
@@ -136,6 +214,11 @@ class SimulatedDevice(Device):
     def mark(self) -> Ticket:
         return None
 
+    def capture(self, fn: Callable[[], R]) -> tuple[Graph[R], Launched]:
+        recording = self._compute.submit(_without_grad, Recording, (fn,)).result()
+        graph = _RecordedGraph(recording, self._compute)
+        return graph, _Past()
+
     def synchronize(self) -> None:
         self._compute.submit(_nothing).result()
         if self._last_copy is not None:
@@ -164,7 +247,7 @@ class CudaDevice(Device):
                 hint="fiddlerc doctor; or use the simulated device (--device simulated)",
             )
         warnings.warn(
-            "the CUDA lanes have not been run on a GPU by this project's tests: compare the output with transformers'",
+            "the CUDA lanes have never been run on a GPU by this project: compare the output with transformers'",
             FiddlerWarning,
             stacklevel=3,
         )
@@ -172,6 +255,9 @@ class CudaDevice(Device):
         self._compute = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         self._launcher = Worker("fiddler-cuda-launch")
+        self._driver = Driver()
+        self._sent: dict[str, torch.cuda.Event] = {}
+        self._buffers = HostBuffers(_locked)
 
     def submit(self, fn: Callable[..., R], *args: Any) -> Future[R]:
         before = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -206,26 +292,61 @@ class CudaDevice(Device):
         event.record(self._compute)
         return event
 
+    def capture(self, fn: Callable[[], R]) -> tuple[Graph[R], Launched]:
+        graph = _CudaGraph(fn, self.torch_device)
+        return graph, graph.launch()
+
     def synchronize(self) -> None:
         self._launcher.submit(_nothing).result()
         self._copies.synchronize()
         self._compute.synchronize()
 
-    def pin(self, tensor: torch.Tensor, *, mapped: bool = False) -> Callable[[], None]:
+    def pin(self, tensor: torch.Tensor, *, unit_bytes: int | None = None, mapped: bool = False) -> Pin:
         if mapped:
             # Pinning would read the whole file into memory at once, and keep it there.
-            return _nothing
-        # Not pin_memory(): torch's allocator rounds up to a power of two, nearly doubling a large arena.
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        address = tensor.data_ptr()
-        status = int(runtime.cudaHostRegister(address, tensor.nbytes, 0))
-        if status != 0:
-            raise FiddlerError(
-                "cannot pin host memory for copies to the GPU",
-                found=f"cudaHostRegister error {status} for {tensor.nbytes} bytes",
-                hint="ulimit -l unlimited",
-            )
-        return lambda: runtime.cudaHostUnregister(address)
+            return Pin(tensor.nbytes, _nothing)
+        # Not pin_memory(): torch's allocator rounds up to a power of two, nearly doubling a large arena. Not torch's
+        # cudaHostRegister: a refusal would be the next kernel's error, as nothing in torch takes the runtime's last
+        # error back.
+        return lock(tensor, unit_bytes or tensor.nbytes, self._driver.register, self._driver.unregister)
+
+    def free_bytes(self) -> int | None:
+        free = int(torch.cuda.mem_get_info(self.torch_device)[0])
+        # What torch keeps for itself it gives out again.
+        kept = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return free + kept
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+
+    def to_host(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Ticket]:
+        if not self._has(tensor):
+            return super().to_host(name, tensor, dtype)
+        host = self._buffers.take(name, tensor.shape, dtype)
+        host.copy_(tensor.to(dtype).contiguous(), non_blocking=True)
+        there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        there.record(torch.cuda.current_stream(self.torch_device))
+        return host, there
+
+    def arrived(self, ticket: Ticket) -> None:
+        if ticket is not None:
+            ticket.synchronize()
+
+    def host_room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        self.arrived(self._sent.pop(name, None))  # the copy from it, which another stream may still have before it
+        return self._buffers.take(name, shape, dtype)
+
+    def to_device(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        there = tensor.to(self.torch_device, non_blocking=True)
+        sent = self._sent[name] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        sent.record(torch.cuda.current_stream(self.torch_device))
+        return there
+
+    def send(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return self.to_device(name, self.host_room(name, tuple(tensor.shape), tensor.dtype).copy_(tensor))
+
+    def _has(self, tensor: torch.Tensor) -> bool:
+        return tensor.is_cuda
 
     def close(self) -> None:
         self._launcher.close()
@@ -258,11 +379,80 @@ class NoDevice(Device):
     def mark(self) -> Ticket:
         raise self._refuse()
 
+    def capture(self, fn: Callable[[], R]) -> tuple[Graph[R], Launched]:
+        raise self._refuse()
+
     def synchronize(self) -> None:
         """There is nothing to wait for."""
 
     def close(self) -> None:
         """There is nothing to end."""
+
+
+class _RecordedGraph(Graph[R]):
+    """On the simulated device: in its compute queue."""
+
+    def __init__(self, recording: Recording[R], queue: Worker) -> None:
+        self.result = recording.result
+        self._recording = recording
+        self._queue = queue
+
+    def launch(self) -> Launched:
+        return _InQueue(self._queue.submit(self._recording.replay))
+
+
+class _InQueue(Launched):
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self, seconds: float) -> bool:
+        try:
+            self._future.result(seconds)
+        except concurrent.futures.TimeoutError:
+            return False
+        return True
+
+
+class _Past(Launched):
+    def wait(self, seconds: float) -> bool:
+        return True
+
+
+class _CudaGraph(Graph[R]):
+    """A CUDA graph of fn(), captured on a stream of its own, launched on the caller's."""
+
+    def __init__(self, fn: Callable[[], R], device: torch.device) -> None:
+        self._device = device
+        self._graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: the other threads of the engine may use the device meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"), torch.inference_mode():
+                self.result = fn()
+        except RuntimeError as error:  # torch's, for everything that the driver forbids in a capture
+            raise CannotCapture("this cannot be captured", found=str(error).splitlines()[0]) from error
+
+    def launch(self) -> Launched:
+        self._graph.replay()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(self._device))
+        return _AfterEvent(done)
+
+
+class _AfterEvent(Launched):
+    """By looking: a call that waits for the event could not be left if the stream hung, and would spin on a CPU."""
+
+    _LOOK_S = 5e-5
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def wait(self, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while not self._event.query():  # type: ignore[no-untyped-call]
+            if time.monotonic() > until:
+                return False
+            time.sleep(self._LOOK_S)
+        return True
 
 
 def _without_grad(fn: Callable[..., R], args: tuple[Any, ...]) -> R:
@@ -279,6 +469,10 @@ def _use_one_thread() -> None:
 
 def _copy(dst: torch.Tensor, src: torch.Tensor) -> None:
     dst.copy_(src, non_blocking=True)
+
+
+def _locked(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 def _nothing() -> None:

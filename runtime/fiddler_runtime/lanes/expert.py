@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from ..plan import Activation, ExpertForm
+
+if TYPE_CHECKING:
+    from ..orders import StoredExpert
 
 GATE_UP_LANES = 16  # outputs of gate, and as many of up, in a block of the packed layout
 DOWN_LANES = 32
@@ -44,6 +48,11 @@ class UnpackedExpert:
         moved = [None if part is None else part.to(device) for part in parts]
         return UnpackedExpert(self.activation, *moved)  # type: ignore[arg-type]
 
+    def fill(self, other: UnpackedExpert | StoredExpert) -> None:
+        """Copies another one of the same shape into this one, wherever the two are."""
+        for mine, theirs in zip((*self.matrices, *self.biases), (*other.matrices, *other.biases), strict=True):
+            mine.copy_(theirs)
+
     @property
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views: gate [I, H], up [I, H], down [H, I]."""
@@ -74,9 +83,13 @@ def run_expert(
     hidden bf16 [T, H]; rows int64 [n]; weights fp32 [n]; out fp32 [T, H]. Intermediates are bf16, as in transformers;
     the weighted sum over experts is fp32.
     """
-    gate, up = F.linear(hidden.index_select(0, rows), expert.gate_up, expert.gate_up_bias).chunk(2, dim=-1)
-    result = F.linear(activate(expert.activation, gate, up), expert.down, expert.down_bias)
-    out.index_add_(0, rows, result * weights.unsqueeze(1))
+    out.index_add_(0, rows, expert_result(hidden.index_select(0, rows), expert) * weights.unsqueeze(1))
+
+
+def expert_result(hidden: torch.Tensor, expert: UnpackedExpert) -> torch.Tensor:
+    """expert(hidden), bf16 [n, H] -> bf16 [n, H]."""
+    gate, up = F.linear(hidden, expert.gate_up, expert.gate_up_bias).chunk(2, dim=-1)
+    return F.linear(activate(expert.activation, gate, up), expert.down, expert.down_bias)
 
 
 def activate(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,7 +49,7 @@ def route(
     topk_weights: torch.Tensor,
     counts: npt.NDArray[np.int32],
     strategy: npt.NDArray[np.uint8],
-    device: torch.device,
+    send: Callable[[str, torch.Tensor], torch.Tensor],
     *,
     split: tuple[int, int] | None = None,
     lent: int | None = None,
@@ -56,7 +57,8 @@ def route(
     """Sorts a layer's choices by expert.
 
     topk_ids int64 [T, k] and topk_weights fp32 [T, k] on the CPU, contiguous; counts, strategy [E] and split as the
-    dispatcher gave them. Ids outside [0, E) belong to no expert. lent: the expert that was fetched ahead, if any
+    dispatcher gave them; send: as Device.send. Ids outside [0, E) belong to no expert. lent: the expert that was
+    fetched ahead, if any
     """
     experts = counts.size
     flat = topk_ids.numpy().reshape(-1)
@@ -72,8 +74,8 @@ def route(
     resident = shares(np.flatnonzero(strategy == RESIDENT))
     last = () if split is None else tuple(replace(s, first=split[1]) for s in shares(np.array([split[0]])))
     return Routing(
-        rows=torch.from_numpy(order // topk_ids.shape[1]).to(device),
-        weights=topk_weights.view(-1)[torch.from_numpy(order)].to(device),
+        rows=send("rows", torch.from_numpy(order // topk_ids.shape[1])),
+        weights=send("scale", topk_weights.view(-1)[torch.from_numpy(order)]),
         resident=tuple(share for share in resident if share.expert != lent),
         streamed=shares(streamed[np.argsort(-counts[streamed], kind="stable")]) + last,
         lent=next((share for share in resident if share.expert == lent), None),

@@ -21,6 +21,7 @@
 #include "packing.hpp"
 #include "pool.hpp"
 #include "stage.hpp"
+#include "step.hpp"
 #include "task.hpp"
 
 // Defined by the generated library.cpp.
@@ -119,6 +120,7 @@ const char* fdl_error_text(int32_t status) {
     case FDL_E_ARGUMENT: return "a pointer is null or a size is out of range";
     case FDL_E_MEMORY: return "out of memory";
     case FDL_E_THREAD: return "a worker thread could not be started";
+    case FDL_E_STALL: return "a step made no progress and was given up";
     default: return "unknown status";
   }
 }
@@ -209,6 +211,42 @@ int32_t fdl_dispatch(const fdl_tables* tables, const int64_t* topk_ids, int64_t 
       tables->rows < 0)
     return FDL_E_ARGUMENT;
   return fdl::dispatch(*tables, topk_ids, count, resident, num_experts, counts, strategy, split, lane_us);
+}
+
+int32_t fdl_step_open(fdl_kernels* kernels, const fdl_step_setup* setup, fdl_step** out) {
+  if (!kernels || !setup || !out || !fdl::valid(*setup) || setup->hidden_size != fdl::kHidden) return FDL_E_ARGUMENT;
+  *out = nullptr;
+  try {
+    *out = new fdl_step(kernels, *setup);
+    return FDL_OK;
+  } catch (const std::bad_alloc&) {
+    return FDL_E_MEMORY;
+  } catch (...) {
+    return FDL_E_THREAD;
+  }
+}
+
+void fdl_step_close(fdl_step* step) { delete step; }
+
+int32_t fdl_step_begin(fdl_step* step, int64_t tokens) {
+  return step && step->takes(tokens) ? step->begin(tokens) : FDL_E_ARGUMENT;
+}
+
+int32_t fdl_step_end(fdl_step* step, int32_t layers) { return step ? step->end(layers) : FDL_E_ARGUMENT; }
+
+int32_t fdl_step_status(const fdl_step* step) { return step ? step->status() : FDL_E_ARGUMENT; }
+
+void* fdl_step_layer(fdl_step* step, int32_t row) { return step ? step->layer(row) : nullptr; }
+
+void fdl_step_serve(void* layer) {
+  const auto* of = static_cast<fdl_step::Layer*>(layer);
+  of->step->serve(of->row);
+}
+
+void fdl_flag_write(uint32_t* flag, uint32_t value) { fdl::flag_store(flag, value); }
+
+void fdl_flag_wait(const uint32_t* flag, uint32_t value) {
+  fdl::look_until([=] { return fdl::flag_reached(flag, value); });
 }
 
 int32_t fdl_probe_read(fdl_kernels* kernels, const void* data, int64_t bytes, double* gbps) {
