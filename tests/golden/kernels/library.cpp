@@ -11,9 +11,9 @@ void fdl_bf16_moe_h4096_i14336_m12n2__avx512f_read(const void*, int64_t);
 void fdl_bf16_moe_h4096_i14336_m4n2__avx2(const fdl::Task&);
 double fdl_bf16_moe_h4096_i14336_m4n2__avx2_burn(int64_t);
 void fdl_bf16_moe_h4096_i14336_m4n2__avx2_read(const void*, int64_t);
-void fdl_bf16_moe_h4096_i14336_m2n2__scalar(const fdl::Task&);
-double fdl_bf16_moe_h4096_i14336_m2n2__scalar_burn(int64_t);
-void fdl_bf16_moe_h4096_i14336_m2n2__scalar_read(const void*, int64_t);
+void fdl_bf16_moe_h4096_i14336_m2n4__scalar(const fdl::Task&);
+double fdl_bf16_moe_h4096_i14336_m2n4__scalar_burn(int64_t);
+void fdl_bf16_moe_h4096_i14336_m2n4__scalar_read(const void*, int64_t);
 }
 
 namespace fdl {
@@ -31,13 +31,13 @@ const Variant kVariants[] = {
      fdl_bf16_moe_h4096_i14336_m4n2__avx2,
      fdl_bf16_moe_h4096_i14336_m4n2__avx2_burn,
      fdl_bf16_moe_h4096_i14336_m4n2__avx2_read},
-    {"scalar", "fdl_bf16_moe_h4096_i14336_m2n2__scalar", always, 4, 2,
-     fdl_bf16_moe_h4096_i14336_m2n2__scalar,
-     fdl_bf16_moe_h4096_i14336_m2n2__scalar_burn,
-     fdl_bf16_moe_h4096_i14336_m2n2__scalar_read},
+    {"scalar", "fdl_bf16_moe_h4096_i14336_m2n4__scalar", always, 4, 2,
+     fdl_bf16_moe_h4096_i14336_m2n4__scalar,
+     fdl_bf16_moe_h4096_i14336_m2n4__scalar_burn,
+     fdl_bf16_moe_h4096_i14336_m2n4__scalar_read},
 };
 const int kVariantCount = 4;
 const char kDescription[] =
-    R"({"name": "fdl_bf16_moe_h4096_i14336", "hidden_size": 4096, "intermediate_size": 14336, "activation": "silu", "bias": false, "isas": ["avx512_bf16", "avx512f", "avx2", "scalar"], "symbols": ["fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16", "fdl_bf16_moe_h4096_i14336_m12n2__avx512f", "fdl_bf16_moe_h4096_i14336_m4n2__avx2", "fdl_bf16_moe_h4096_i14336_m2n2__scalar"]})";
+    R"({"name": "fdl_bf16_moe_h4096_i14336", "hidden_size": 4096, "intermediate_size": 14336, "activation": "silu", "bias": false, "isas": ["avx512_bf16", "avx512f", "avx2", "scalar"], "symbols": ["fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16", "fdl_bf16_moe_h4096_i14336_m12n2__avx512f", "fdl_bf16_moe_h4096_i14336_m4n2__avx2", "fdl_bf16_moe_h4096_i14336_m2n4__scalar"]})";
 
 }  // namespace fdl

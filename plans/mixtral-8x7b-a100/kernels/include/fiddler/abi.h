@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FDL_ABI_VERSION 4
+#define FDL_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -21,7 +21,8 @@ enum fdl_status {
   FDL_E_ISA = -1,       /* no variant in this library runs on this CPU, or the one asked for does not */
   FDL_E_ARGUMENT = -2,  /* a pointer is null or a size is out of range */
   FDL_E_MEMORY = -3,    /* an allocation failed */
-  FDL_E_THREAD = -4     /* a worker thread could not be started */
+  FDL_E_THREAD = -4,    /* a worker thread could not be started */
+  FDL_E_STALL = -5      /* a step made no progress and was given up */
 };
 
 /* How one expert of one layer is executed in one step. */
@@ -91,8 +92,13 @@ int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, const fd
 void fdl_close(fdl_kernels*);
 const char* fdl_isa(const fdl_kernels*);
 
-/* One expert in row-major order: gate, up [intermediate][hidden], down [hidden][intermediate], and where the library's
- * experts have biases gate_bias, up_bias [intermediate], down_bias [hidden] (else NULL). All bf16. */
+/* One expert as a checkpoint has it, all bf16: gate, up (intermediate outputs of hidden inputs), down (hidden outputs of
+ * intermediate inputs), and where the library's experts have biases one per output of each (else NULL).
+ * Output o's weight for input i is element o * stride[0] + i * stride[1]; gate and up share their strides. Orders known are
+ *   rows             stride[1] = 1: [outputs, inputs], also with gate's and up's rows in turn
+ *   columns          stride[0] = 1: [inputs, outputs]
+ *   columns in turn  stride[0] = 2 and up = gate + 1: [inputs, 2 * outputs]; not of down
+ */
 typedef struct fdl_expert {
   uint16_t* gate;
   uint16_t* up;
@@ -100,9 +106,12 @@ typedef struct fdl_expert {
   uint16_t* gate_bias;
   uint16_t* up_bias;
   uint16_t* down_bias;
+  int64_t gate_up_stride[2];
+  int64_t down_stride[2];
+  int64_t gate_up_bias_stride; /* between outputs; down's biases follow each other */
 } fdl_expert;
 
-/* To the packed layout (docs/kernels.md), 64-byte aligned, and back. */
+/* To the packed layout (docs/kernels.md), 64-byte aligned, from any of the orders; and back, to rows. */
 int32_t fdl_pack(fdl_kernels*, const fdl_expert* expert, uint16_t* packed);
 int32_t fdl_unpack(fdl_kernels*, const uint16_t* packed, const fdl_expert* expert);
 
@@ -118,6 +127,59 @@ int32_t fdl_moe(fdl_kernels*, const fdl_moe_call*);
  */
 int32_t fdl_dispatch(const fdl_tables*, const int64_t* topk_ids, int64_t count, const uint8_t* resident,
                      int32_t num_experts, int32_t* counts, uint8_t* strategy, int32_t* split, float* lane_us);
+
+/* Decode steps whose CPU lane a stream of an accelerator enters by itself, layer after layer.
+ *
+ * For each layer the stream copies its tokens to the mailbox (hidden, topk_ids, topk_weights), and then either writes the
+ * layer's row + 1 to `asked` and waits until `answered` is at least that, or calls fdl_step_serve(fdl_step_layer(step, row)).
+ * Then `out` holds the share of the experts that are not resident: none is streamed. Layers come one at a time. A stream that
+ * uses the flags writes 0 to `answered` when a step begins.
+ *
+ * mailbox       hidden bf16 [tokens][hidden_size], topk_ids int64 and topk_weights fp32 [tokens][top_k], out fp32
+ *               [tokens][hidden_size], with room for most_tokens
+ * tables        whose stream_us is never worth paying
+ * resident      uint8 [layers][num_experts];  experts: [layers] arrays as in fdl_moe_call
+ * strategy, counts, lane_us, cpu_ns  out, [layers] times what fdl_dispatch gives, and nanoseconds of the CPU lane
+ * polled        whether a thread polls `asked`; it looks without a pause while a step is on its way
+ * stall_ms      without progress for so long, a step is given up: its status is FDL_E_STALL and `answered` stays open
+ * Everything pointed to outlives the step.
+ */
+typedef struct fdl_step fdl_step;
+
+typedef struct fdl_step_setup {
+  const fdl_tables* tables;
+  const uint8_t* resident;
+  const uint16_t* const* const* experts;
+  const uint16_t* hidden;
+  const int64_t* topk_ids;
+  const float* topk_weights;
+  float* out;
+  uint32_t* asked;
+  uint32_t* answered;
+  uint8_t* strategy;
+  int32_t* counts;
+  float* lane_us;
+  int64_t* cpu_ns;
+  int64_t stall_ms;
+  int64_t hidden_size;
+  int32_t layers;
+  int32_t num_experts;
+  int32_t top_k;
+  int32_t most_tokens;
+  int32_t polled;
+} fdl_step_setup;
+
+int32_t fdl_step_open(fdl_kernels*, const fdl_step_setup*, fdl_step** out);
+void fdl_step_close(fdl_step*);                       /* before its fdl_kernels; waits for a layer that is being served */
+int32_t fdl_step_begin(fdl_step*, int64_t tokens);    /* before the stream starts; gives the status of an earlier failure */
+int32_t fdl_step_end(fdl_step*, int32_t layers);      /* after the stream's end; layers: how many it should have asked for */
+int32_t fdl_step_status(const fdl_step*);             /* at any time */
+void* fdl_step_layer(fdl_step*, int32_t row);         /* what fdl_step_serve takes, or NULL */
+void fdl_step_serve(void* layer);                     /* a CUhostFn */
+
+/* What a stream does to a flag, for streams that are threads of this CPU. */
+void fdl_flag_write(uint32_t* flag, uint32_t value);
+void fdl_flag_wait(const uint32_t* flag, uint32_t value);
 
 /* Measured limits of this machine, with this context's threads. */
 int32_t fdl_probe_read(fdl_kernels*, const void* data, int64_t bytes, double* gbps);

@@ -17,6 +17,7 @@
 //   vectors(tokens)     of outputs beside each other in a tile of so many tokens
 //   kDepthPairs         depth block of several passes: its weights and the next one's stay in the second-level cache
 //   kFetchTokens        from so many tokens on one pass fetches the weights ahead of itself
+//   kFetchBytes         how far ahead
 #pragma once
 
 #include "activation.hpp"
@@ -125,7 +126,7 @@ inline void add_bias(const fdl::Task& task, int64_t first, int64_t tokens) {
 template <class Isa, class Tile>
 inline void run(const fdl::Task& task) {
   using Element = typename Isa::Element;
-  constexpr int64_t kAheadRows = 8192 / fdl::kRowBytes;
+  constexpr int64_t kAheadRows = Tile::kFetchBytes / fdl::kRowBytes;
   const Tiles tiles(task.tokens, Tile::kTokens);
   const int64_t passes = tiles.count * fdl::kLanes / (Isa::kLanes * Tile::vectors(static_cast<int>(tiles.most())));
   const int64_t step = passes == 1 ? task.pairs : Tile::kDepthPairs;

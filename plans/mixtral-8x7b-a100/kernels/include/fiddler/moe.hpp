@@ -99,9 +99,6 @@ class MoeLayer {
   }
 
  private:
-  // Most tokens of an expert that pass over its weights together, a multiple of every tile: their sums and a depth block of
-  // their activations stay in the second-level cache.
-  static constexpr int64_t kUnitTokens = 252;
   // Below so many elements one thread copies or adds sooner than several agree to.
   static constexpr int64_t kSerialElements = 32768;
   // Tokens added up by one task.

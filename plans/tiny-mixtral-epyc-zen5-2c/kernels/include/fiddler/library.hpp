@@ -21,6 +21,7 @@
 #include "packing.hpp"
 #include "pool.hpp"
 #include "stage.hpp"
+#include "step.hpp"
 #include "task.hpp"
 
 // Defined by the generated library.cpp.
@@ -80,6 +81,21 @@ inline bool valid(const fdl_expert& expert) {
   return expert.gate && expert.up && expert.down && (!kBias || biases);
 }
 
+inline bool is_rows(const int64_t* stride) { return stride[1] == 1; }
+
+// Writes the orders that the strides tell; false if there is one that is not known.
+inline bool orders_of(const fdl_expert& expert, Order* gate_up, Order* down) {
+  const int64_t* wide = expert.gate_up_stride;
+  if (is_rows(wide))
+    *gate_up = Order::kRows;
+  else if (wide[0] == 2 && expert.up == expert.gate + 1)
+    *gate_up = Order::kColumnsInTurn;
+  else
+    *gate_up = Order::kColumns;
+  *down = is_rows(expert.down_stride) ? Order::kRows : Order::kColumns;
+  return (*gate_up != Order::kColumns || wide[0] == 1) && (*down != Order::kColumns || expert.down_stride[0] == 1);
+}
+
 inline bool valid(const fdl_moe_call& call) {
   constexpr int64_t kMost = int64_t{1} << 31;
   if (call.tokens < 0 || call.top_k < 1 || call.num_experts < 1 || call.tokens >= kMost / call.top_k) return false;
@@ -104,6 +120,7 @@ const char* fdl_error_text(int32_t status) {
     case FDL_E_ARGUMENT: return "a pointer is null or a size is out of range";
     case FDL_E_MEMORY: return "out of memory";
     case FDL_E_THREAD: return "a worker thread could not be started";
+    case FDL_E_STALL: return "a step made no progress and was given up";
     default: return "unknown status";
   }
 }
@@ -136,18 +153,23 @@ void fdl_close(fdl_kernels* kernels) {
 const char* fdl_isa(const fdl_kernels* kernels) { return kernels ? kernels->variant.isa : ""; }
 
 int32_t fdl_pack(fdl_kernels* kernels, const fdl_expert* expert, uint16_t* packed) {
-  if (!kernels || !expert || !fdl::valid(*expert) || !packed || reinterpret_cast<uintptr_t>(packed) % 64 != 0)
+  fdl::Order gate_up, down;
+  if (!kernels || !expert || !fdl::valid(*expert) || !fdl::orders_of(*expert, &gate_up, &down) || !packed ||
+      reinterpret_cast<uintptr_t>(packed) % 64 != 0)
     return FDL_E_ARGUMENT;
   return fdl::guarded(kernels, [&] {
     return fdl::parallel_for(kernels->pool, {fdl::kGateUpBlocks, fdl::kDownBlocks}, [&](int64_t block) {
-      const uint16_t* rows[fdl::kLanes];
-      fdl::rows_of_block<const uint16_t*>(block, expert->gate, expert->up, expert->down, rows);
+      const uint16_t* outputs[fdl::kLanes];
+      fdl::outputs_of_block<const uint16_t*>(block, expert->gate, expert->up, expert->down, expert->gate_up_stride[0],
+                                             expert->down_stride[0], outputs);
       auto* lanes = reinterpret_cast<uint32_t*>(packed);
-      fdl::pack_block(rows, fdl::block_inputs(block), lanes + fdl::block_offset(block));
+      const bool wide = block < fdl::kGateUpBlocks;
+      fdl::pack_block(wide ? gate_up : down, outputs, wide ? expert->gate_up_stride[1] : expert->down_stride[1],
+                      fdl::block_inputs(block), lanes + fdl::block_offset(block));
       if constexpr (fdl::kBias) {
         for (int64_t lane = 0; lane < fdl::kLanes; ++lane) {
-          const uint16_t* bias =
-              fdl::bias_of_lane(block, lane, expert->gate_bias, expert->up_bias, expert->down_bias);
+          const uint16_t* bias = fdl::bias_of_lane(block, lane, expert->gate_bias, expert->up_bias, expert->down_bias,
+                                                   expert->gate_up_bias_stride);
           lanes[fdl::bias_offset(block) + lane] = bias ? static_cast<uint32_t>(*bias) << 16 : 0;  // the same number in fp32
         }
       }
@@ -156,16 +178,20 @@ int32_t fdl_pack(fdl_kernels* kernels, const fdl_expert* expert, uint16_t* packe
 }
 
 int32_t fdl_unpack(fdl_kernels* kernels, const uint16_t* packed, const fdl_expert* expert) {
-  if (!kernels || !expert || !fdl::valid(*expert) || !packed) return FDL_E_ARGUMENT;
+  if (!kernels || !expert || !fdl::valid(*expert) || !fdl::is_rows(expert->gate_up_stride) ||
+      !fdl::is_rows(expert->down_stride) || !packed)
+    return FDL_E_ARGUMENT;
   return fdl::guarded(kernels, [&] {
     return fdl::parallel_for(kernels->pool, {fdl::kGateUpBlocks, fdl::kDownBlocks}, [&](int64_t block) {
       uint16_t* rows[fdl::kLanes];
-      fdl::rows_of_block<uint16_t*>(block, expert->gate, expert->up, expert->down, rows);
+      fdl::outputs_of_block<uint16_t*>(block, expert->gate, expert->up, expert->down, expert->gate_up_stride[0],
+                                       expert->down_stride[0], rows);
       const auto* lanes = reinterpret_cast<const uint32_t*>(packed);
       fdl::unpack_block(lanes + fdl::block_offset(block), fdl::block_inputs(block), rows);
       if constexpr (fdl::kBias) {
         for (int64_t lane = 0; lane < fdl::kLanes; ++lane)
-          if (uint16_t* bias = fdl::bias_of_lane(block, lane, expert->gate_bias, expert->up_bias, expert->down_bias))
+          if (uint16_t* bias = fdl::bias_of_lane(block, lane, expert->gate_bias, expert->up_bias, expert->down_bias,
+                                                 expert->gate_up_bias_stride))
             *bias = static_cast<uint16_t>(lanes[fdl::bias_offset(block) + lane] >> 16);
       }
     });
@@ -185,6 +211,42 @@ int32_t fdl_dispatch(const fdl_tables* tables, const int64_t* topk_ids, int64_t 
       tables->rows < 0)
     return FDL_E_ARGUMENT;
   return fdl::dispatch(*tables, topk_ids, count, resident, num_experts, counts, strategy, split, lane_us);
+}
+
+int32_t fdl_step_open(fdl_kernels* kernels, const fdl_step_setup* setup, fdl_step** out) {
+  if (!kernels || !setup || !out || !fdl::valid(*setup) || setup->hidden_size != fdl::kHidden) return FDL_E_ARGUMENT;
+  *out = nullptr;
+  try {
+    *out = new fdl_step(kernels, *setup);
+    return FDL_OK;
+  } catch (const std::bad_alloc&) {
+    return FDL_E_MEMORY;
+  } catch (...) {
+    return FDL_E_THREAD;
+  }
+}
+
+void fdl_step_close(fdl_step* step) { delete step; }
+
+int32_t fdl_step_begin(fdl_step* step, int64_t tokens) {
+  return step && step->takes(tokens) ? step->begin(tokens) : FDL_E_ARGUMENT;
+}
+
+int32_t fdl_step_end(fdl_step* step, int32_t layers) { return step ? step->end(layers) : FDL_E_ARGUMENT; }
+
+int32_t fdl_step_status(const fdl_step* step) { return step ? step->status() : FDL_E_ARGUMENT; }
+
+void* fdl_step_layer(fdl_step* step, int32_t row) { return step ? step->layer(row) : nullptr; }
+
+void fdl_step_serve(void* layer) {
+  const auto* of = static_cast<fdl_step::Layer*>(layer);
+  of->step->serve(of->row);
+}
+
+void fdl_flag_write(uint32_t* flag, uint32_t value) { fdl::flag_store(flag, value); }
+
+void fdl_flag_wait(const uint32_t* flag, uint32_t value) {
+  fdl::look_until([=] { return fdl::flag_reached(flag, value); });
 }
 
 int32_t fdl_probe_read(fdl_kernels* kernels, const void* data, int64_t bytes, double* gbps) {
