@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+from golden_type import Golden
 
 # A busy machine is not a failure, and tests judge no times.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -16,8 +17,6 @@ hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
-
-Golden = Callable[[str, "str | bytes"], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

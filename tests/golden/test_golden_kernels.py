@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Golden
+from golden_type import Golden
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import runtime_samples
 import torch
-from conftest import Golden
+from golden_type import Golden
 from tiny_families import DISCOVERED, FAMILIES, edit_config, save_family
 
 from fiddler_runtime import Engine, ExpertWeights, hf, load_plan
