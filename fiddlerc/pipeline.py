@@ -316,16 +316,16 @@ def calibrate(
 ) -> Calibration:
     """Measures this machine with kernels generated for `models` (default: two typical shapes) and writes hw.json.
 
-    A model's experts are measured where they will lie when it runs: weights rotate over all of the model's experts, or
-    over more than the last-level cache holds, whichever is less.
+    A model's experts are measured where they will lie when it runs: in the caches as far as the model fits there.
     """
-    rotate: dict[tuple[int, int], int] = {}
+    sizes: dict[tuple[int, int], hardware.ModelBytes] = {}
     forms = {shape: ExpertForm(*shape) for shape in (QUICK_SHAPES if quick else DEFAULT_SHAPES)} if not models else {}
     for model in models:
         spec = frontend.load_model(model)
         shape = (spec.hidden_size, spec.intermediate_size)
-        total = len(spec.moe_layers) * spec.num_experts * spec.expert_bytes
-        rotate[shape] = max(rotate.get(shape, 0), total)
+        experts = len(spec.moe_layers) * spec.num_experts * spec.expert_bytes
+        size = hardware.ModelBytes(experts, spec.non_expert_bytes // spec.num_layers)
+        sizes[shape] = max(size, sizes.get(shape, size), key=lambda known: known.experts)
         forms[shape] = spec.expert  # latencies are kept by shape: activation and biases change them little
     libraries = {}
     machine = this_machine("none")
@@ -336,7 +336,7 @@ def calibrate(
         libraries,
         quick=quick,
         accelerator=accelerator,
-        rotate_bytes=rotate or None,
+        models=sizes,
         name=name or output.stem,
         source=source,
         progress=progress,

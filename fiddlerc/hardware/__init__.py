@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .calibrate import measure
+from .calibrate import ModelBytes, measure
 from .catalog import catalog_names, load_hardware, verify_calibration, write_hardware
 from .checks import Check, doctor
 from .tuning import require_this_machine, tune
 
 __all__ = [
     "Check",
+    "ModelBytes",
     "catalog_names",
     "doctor",
     "load_hardware",

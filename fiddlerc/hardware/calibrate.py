@@ -20,6 +20,7 @@ from fiddler_runtime.plan import packed_bytes
 from ..ir import Calibration, Limits, Quantity, Regime, Sample
 from .catalog import SCHEMA
 from .lanes import (
+    ATTENTION_BYTES,
     AcceleratorExpert,
     Copies,
     CpuExpert,
@@ -55,6 +56,14 @@ _CONTENTION_TOKENS = 3  # how many token counts, the smallest, are measured agai
 
 
 @dataclass(frozen=True)
+class ModelBytes:
+    """Where a model's weights lie when it runs: experts, all of them; attention, what is not experts of one layer."""
+
+    experts: int
+    attention: int
+
+
+@dataclass(frozen=True)
 class Effort:
     """How much is measured. seconds are for each quantity of each shape, shared by its sizes; memory_seconds in all."""
 
@@ -86,17 +95,18 @@ def measure(
     *,
     quick: bool,
     accelerator: Literal["auto", "cuda", "simulated", "none"] = "auto",
-    rotate_bytes: Mapping[Shape, int] | None = None,
+    models: Mapping[Shape, ModelBytes] | None = None,
     name: str,
     source: str,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measures this machine with the generated kernels of the given (hidden_size, intermediate_size) shapes.
 
-    accelerator   "auto" is the GPU, or where there is none the simulated one
-    rotate_bytes  bytes that a shape's weights rotate over, at most four times the last-level caches, beyond which
-                  little changes. Without it they rotate over that much: weights come from memory
-    source        who measured, when and how; a sentence about disturbed points is added to it
+    accelerator  "auto" is the GPU, or where there is none the simulated one
+    models       the model that a shape is of: weights rotate over as many bytes as it has, at most four times the
+                 last-level caches, beyond which little changes, and its attention displaces as many from them, at
+                 most 8 MiB. A shape without one is a large model's: weights come from memory
+    source       who measured, when and how; a sentence about disturbed points is added to it
     Nothing is written; interrupting it leaves nothing behind.
     Raises FiddlerError if no shape is given or the accelerator asked for is absent.
     """
@@ -118,7 +128,9 @@ def measure(
         session.step("limits")
         copied: set[int] = set()
         for shape, library in kernels_by_shape.items():
-            rotated = min(cache, (rotate_bytes or {}).get(shape, cache))
+            model = (models or {}).get(shape, ModelBytes(cache, ATTENTION_BYTES))
+            rotated = min(cache, model.experts)
+            session.displaced = displaced_bytes(model, machine)
             with library.open(None, threads, beside_torch=device.kind == "none") as kernels:
                 session.watch(kernels)
                 # Weights that lie in a cache are read at the same rate whatever the memory does.
@@ -170,6 +182,7 @@ class _Session:
         self.effort = effort
         self.points = self.disturbed = 0
         self.kernels: Kernels | None = None
+        self.displaced = ATTENTION_BYTES
         self._guard: Guard | None = None
         self._regimes = Regimes(0.0)
         self._probed = torch.ones(_PROBE_BYTES // 2, dtype=torch.bfloat16)
@@ -249,7 +262,7 @@ class _Session:
         calls: dict[int, Timed] = {}
 
         def once(tokens: int) -> float:
-            calls[tokens] = after_attention(timed(tokens), tokens, shape[0], where)
+            calls[tokens] = after_attention(timed(tokens), tokens, shape[0], where, self.displaced)
             calls[tokens](0)  # touches its buffers
             return calls[tokens](1)
 
@@ -325,7 +338,7 @@ def _contention(
             for _ in range(session.effort.rounds):
                 for n in tokens:
                     series[n].times += repeat(
-                        after_attention(timed(n), n, shape[0], device.torch_device),
+                        after_attention(timed(n), n, shape[0], device.torch_device, session.displaced),
                         seconds=slot,
                         least=session.effort.least,
                         most=session.effort.most,
@@ -417,6 +430,11 @@ def _sample(
 def rotated_bytes(machine: Machine) -> int:
     """Bytes that weights rotate over, so that they come from memory."""
     return _BEYOND * (machine.l3_bytes or _UNKNOWN_CACHE)
+
+
+def displaced_bytes(model: ModelBytes, machine: Machine) -> int:
+    """Bytes that a layer's attention displaces from caches: its weights, and always what cores' own caches hold."""
+    return min(ATTENTION_BYTES, max(model.attention, machine.l2_bytes * machine.cores))
 
 
 def rotated_copies(nbytes: int, rotate_bytes: int, machine: Machine) -> int:

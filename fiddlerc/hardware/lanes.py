@@ -31,7 +31,7 @@ from .sampling import Timed
 
 _BF16 = torch.bfloat16
 _ATTENTION_S = 3e-4  # about a layer's attention of a small model
-_ATTENTION_BYTES = 8 << 20
+ATTENTION_BYTES = 8 << 20  # of a large model, as far as it matters
 _TOGETHER = 4  # experts of a layer, where one of so many bytes at most is little work for all threads:
 _SMALL_BYTES = 16 << 20
 _LAUNCHES = 100
@@ -354,13 +354,15 @@ def captured_entries(device: Device, kernels: Kernels) -> Iterator[Timed]:
         layers.close()
 
 
-def after_attention(timed: Timed, tokens: int, hidden_size: int, where: torch.device) -> Timed:
+def after_attention(
+    timed: Timed, tokens: int, hidden_size: int, where: torch.device, displaced: int = ATTENTION_BYTES
+) -> Timed:
     """The same, each time after what a layer's attention over so many tokens leaves behind.
 
-    Caches are others' for a while, a lane's threads are asleep, and where attention runs on the CPU, torch's threads
-    spin: for some milliseconds each keeps a CPU that a lane's thread would like to wake up on.
+    `displaced` bytes of the caches are others', a lane's threads are asleep, and where attention runs on the CPU,
+    torch's threads spin: for some milliseconds each keeps a CPU that a lane's thread would like to wake up on.
     """
-    others = np.zeros(_ATTENTION_BYTES // 4, np.float32)
+    others = np.zeros(displaced // 4, np.float32)
     hidden = torch.randn(tokens, hidden_size).to(where, _BF16)
     projection = torch.randn(hidden_size, hidden_size).to(where, _BF16)
 

@@ -1,16 +1,19 @@
 """Predicted against measured tokens/s of a model through its plan, on the machine the plan was made for.
 
+    python -m tests.bench.prediction --model DIR --cycles 5 [--trace FILE] [--device none] [--json]
     python -m tests.bench.prediction PLAN --model DIR [--hw HW.json] [--trace FILE] [--device none] [--json]
 
-Compile PLAN from a fresh `fiddlerc calibrate --model DIR`, on an idle machine. The trace should be of text like the
-bench's own (fiddlerc/execution/text.txt); without one, routing is drawn from the plan's popularity. A model of real
-shapes without real weights: python -m tests.bench.random_model mixtral --layers 3 -o DIR.
+On an idle machine. A cycle is `fiddlerc calibrate --quick --model DIR`, `fiddlerc compile` and the measurement. The
+ratio of several is the median of their own: a drift of the machine between two cycles is no error of the prediction. With
+PLAN, which should come from a fresh calibration, that one is measured. The trace should be of text like the bench's own
+(fiddlerc/execution/text.txt); without one, routing is drawn from the plan's popularity. A model of real shapes without
+real weights: python -m tests.bench.random_model mixtral --layers 3 -o DIR.
 
 Decode and beam count the steps after the first token, prefill the time to it; measured figures are medians over rounds
 after a warm-up, with the lowest and highest round. A prediction is of a memory bandwidth, and shared machines' changes.
-With HW.json, from which the plan was compiled, memory is probed before and after each round: a round is held against
-the prediction of the regime whose bandwidth (within a tenth) it had, and left out if it had neither or memory changed
-meanwhile. Without it all count as of the regime seen more.
+If the experts are larger than the caches and the calibration is known, memory is probed before and after each round: a
+round is held against the prediction of the regime whose bandwidth (within a tenth) it had, and left out if it had
+neither or memory changed meanwhile. Otherwise all count as of the regime seen more.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ import argparse
 import dataclasses
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -56,34 +62,64 @@ class Truth:
 
 def main() -> None:
     arguments = _arguments()
-    plan = read_plan(arguments.plan)
+    machine = this_machine()
+    if not arguments.json:
+        print(f"{arguments.model}, device {arguments.device}; {machine.cpu}, {machine.cores} cores")
+        print(
+            f"{'':8}{'memory':>8}{'rounds':>8}{'predicted tok/s':>17}{'measured tok/s':>34}{'ratio':>11}"
+        )
+    results = []
+    for _ in range(arguments.cycles):
+        with tempfile.TemporaryDirectory() as folder:
+            found = truths(arguments, *(calibrated(arguments, Path(folder)) if arguments.plan is None else ()))
+        results += found
+        if not arguments.json:
+            for truth in found:
+                spread = f"{truth.measured:.4g} ({truth.low:.4g}-{truth.high:.4g})"
+                print(
+                    f"{truth.scenario:8}{truth.regime:>8}{truth.rounds:8}{truth.predicted:17.4g}{spread:>34}"
+                    f"{truth.ratio:11.3f}",
+                    flush=True,
+                )
+    ratios = {of: [truth.ratio for truth in results if truth.scenario == of] for of in ("decode", "prefill", "beam")}
+    medians = {scenario: statistics.median(found) for scenario, found in ratios.items() if found}
+    if arguments.json:
+        value = {"model": str(arguments.model), "device": arguments.device, "machine": dataclasses.asdict(machine)}
+        rows = [{**dataclasses.asdict(truth), "ratio": truth.ratio} for truth in results]
+        print(json.dumps({**value, "results": rows, "median_ratio": medians}, indent=1))
+    else:
+        print("median  " + ", ".join(f"{scenario} {ratio:.3f}" for scenario, ratio in medians.items()))
+
+
+def calibrated(arguments: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
+    """(plan, calibration) as a user makes them, in processes of their own."""
+    plan, hw = folder / "plan", folder / "hw.json"
+    traced = [] if arguments.trace is None else ["--trace", str(arguments.trace)]
+    of = ["--model", str(arguments.model)]
+    for command in (
+        ["calibrate", "--quick", "--accelerator", arguments.device, *of, "-o", str(hw)],
+        ["compile", str(arguments.model), "--hw", str(hw), *traced, "-o", str(plan)],
+    ):
+        subprocess.run([sys.executable, "-m", "fiddlerc", *command], check=True, stdout=subprocess.DEVNULL)
+    return plan, hw
+
+
+def truths(arguments: argparse.Namespace, plan_path: Path | None = None, hw: Path | None = None) -> list[Truth]:
+    """Predictions of a plan (default: the one given) held against what it does."""
+    plan = read_plan(plan_path or arguments.plan)
     spec = plan.header.model
     workload = dataclasses.replace(
         simulate.default_workload(spec), prefill_tokens=arguments.prefill_tokens, beam_width=arguments.beams
     )
     predicted = predictions(plan, arguments.trace, workload)
-    measured = measure(plan, workload, arguments)
+    measured = measure(plan, workload, arguments, hw or arguments.hw)
     prevailing = REGIMES[int(np.argmax(plan.tables.regime_shares))]
     results = []
     for (scenario, regime), rates in sorted(measured.items()):
         regime = regime if regime in predicted else prevailing
         forecast = predicted[regime][scenario]
         results.append(Truth(scenario, regime, len(rates), forecast, statistics.median(rates), min(rates), max(rates)))
-    machine = this_machine()
-    if arguments.json:
-        value = {"model": spec.name, "device": arguments.device, "machine": dataclasses.asdict(machine)}
-        rows = [{**dataclasses.asdict(result), "ratio": result.ratio} for result in results]
-        print(json.dumps({**value, "results": rows}, indent=1))
-        return
-    print(f"{spec.name}, device {arguments.device}; {machine.cpu}, {machine.cores} cores, {', '.join(machine.isa)}")
-    print(f"plan for {plan.header.hardware.name} ({plan.header.hardware.provenance}): {plan.header.hardware.source}")
-    print(f"{'':8}{'memory':>8}{'rounds':>8}{'predicted tok/s':>17}{'measured tok/s':>34}{'predicted / measured':>22}")
-    for result in results:
-        spread = f"{result.measured:.4g} ({result.low:.4g}-{result.high:.4g})"
-        print(
-            f"{result.scenario:8}{result.regime:>8}{result.rounds:8}{result.predicted:17.4g}{spread:>34}"
-            f"{result.ratio:22.3f}"
-        )
+    return results
 
 
 def predictions(plan: Plan, recorded: Path | None, workload: simulate.Workload) -> dict[str, dict[str, float]]:
@@ -106,12 +142,14 @@ def predictions(plan: Plan, recorded: Path | None, workload: simulate.Workload) 
 
 
 def measure(
-    plan: Plan, workload: simulate.Workload, arguments: argparse.Namespace
+    plan: Plan, workload: simulate.Workload, arguments: argparse.Namespace, hw: Path | None
 ) -> dict[tuple[str, str], list[float]]:
     """Tokens/s of each round, by scenario and regime; scenarios take turns."""
     regimes: dict[str, float] | None = None
-    if arguments.hw is not None:
-        limits = hardware.load_hardware(str(arguments.hw)).limits
+    spec = plan.header.model
+    experts = len(spec.moe_layers) * spec.num_experts * spec.expert_bytes
+    if hw is not None and experts > this_machine().l3_bytes:
+        limits = hardware.load_hardware(str(hw)).limits
         regimes = {"fast": limits.cpu_read_gbps, "slow": limits.cpu_read_slow_gbps}
     probed = torch.ones(64 << 20, dtype=torch.bfloat16)
     ids = load_tokenizer(arguments.model)(read_text(OUR_TEXT), return_tensors="pt")["input_ids"]
@@ -156,7 +194,8 @@ def measure(
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", type=Path)
+    parser.add_argument("plan", type=Path, nargs="?")
+    parser.add_argument("--cycles", type=int, default=1, help="how often to calibrate, compile and measure")
     parser.add_argument("--model", type=Path, required=True, help="the model's directory, with weights")
     parser.add_argument("--hw", type=Path, help="the calibration that the plan was compiled from")
     parser.add_argument("--trace", type=Path, help="its trace")
