@@ -22,6 +22,8 @@ from .drift import LANES, Drift
 from .errors import FiddlerError, FiddlerWarning
 from .lanes.accelerator import AcceleratorLanes
 from .lanes.device import Device, open_device
+from .lanes.kernel_choice import choose
+from .lanes.resident_kernels import ExpertKernels
 from .lanes.routing import route
 from .lanes.streamed import StreamedLane
 from .loading import load_plan, open_library
@@ -46,6 +48,7 @@ class Engine:
     threads     of the CPU lane, the caller included; default all usable cores, less one for a simulated accelerator
     strategies  a subset of ("resident", "streamed", "cpu") to choose from; weights are placed accordingly. Default all,
                 and with device none ("cpu",)
+    dispatcher  the class that decides, for comparisons with other strategies' rules
     packed_cache  keep the packed experts in this folder, or beside the checkpoint if True, and map them from there:
                 the next engine starts at once, and engines share memory (docs/runtime.md). Default: they are packed
                 into memory of the engine's own
@@ -65,6 +68,7 @@ class Engine:
         threads: int | None = None,
         strategies: Sequence[str] | None = None,
         packed_cache: PackedCache | bool | str | Path | None = False,
+        dispatcher: type[Dispatcher] = Dispatcher,
         progress: Progress | None = None,
     ) -> None:
         self.plan = plan if isinstance(plan, Plan) else load_plan(plan)
@@ -87,6 +91,10 @@ class Engine:
         self._library = open_library(self.plan, progress=progress)
         self._device = open_device(setup.kind)
         try:
+            # Before the weights take the memory: on a GPU that has not been seen before this measures.
+            accelerator = ExpertKernels(
+                self.spec.expert, self._device.torch_device, choose(self.spec.expert, self._device.torch_device)
+            )
             count = _cpu_threads(threads, self._device)
             beside_torch = self._device.kind == "none"
             self._kernels = self._library.open(isa, count, cpus=lane_cpus(count), beside_torch=beside_torch)
@@ -110,15 +118,15 @@ class Engine:
         tables = dataclasses.replace(self.plan.tables, resident=setup.resident.astype(np.uint8))
         self._features = tuple(sorted(setup.features))
         rows = self.spec.intermediate_size if "split" in setup.features and "cpu" in self.strategies else 0
-        self._dispatcher = Dispatcher(self._library, tables, self.spec.num_experts, allow=self.strategies, rows=rows)
+        self._dispatcher = dispatcher(self._library, tables, self.spec.num_experts, allow=self.strategies, rows=rows)
         # What is worth fetching ahead was decided for the plan's own residents.
         self._ahead = Ahead(self.plan.tables.prefetch, self._store) if "prefetch" in setup.features else None
         lane = None
         if setup.streaming:
-            lane = StreamedLane(self._device, self.spec.expert, prefetch="prefetch" in setup.features)
-        self._lanes = AcceleratorLanes(self._device, self._store, lane)
+            lane = StreamedLane(self._device, accelerator, prefetch="prefetch" in setup.features)
+        self._lanes = AcceleratorLanes(self._device, self._store, accelerator, lane)
         self._drift = Drift(self.plan)
-        self._description = self._describe()
+        self._description = self._describe(int(setup.resident.sum()), str(accelerator.choice))
 
     @property
     def device(self) -> torch.device:
@@ -256,7 +264,7 @@ class Engine:
         """What runs where: plain values, for people and logs. Also after `close`."""
         return dict(self._description)
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self, residents: int, accelerator_kernels: str) -> dict[str, Any]:
         symbols = {variant.isa: variant.symbol for variant in self.plan.header.kernels.variants}
         return {
             "plan": self.plan.path.name,
@@ -270,7 +278,8 @@ class Engine:
             "threads": self._kernels.threads,
             "whose_threads": self._kernels.whose_threads,
             "library": str(self._library.path),
-            "resident_experts": sum(len(row) for row in self._store.resident),
+            "accelerator_kernels": accelerator_kernels,
+            "resident_experts": residents,
             "total_experts": len(self._rows) * self.spec.num_experts,
             "resident_bytes": self._store.resident_bytes,
             "arena_bytes": self._store.arena_bytes,
