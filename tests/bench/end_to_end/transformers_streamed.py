@@ -36,7 +36,7 @@ class TransformersStreamed:
         self._names = [name for name, _ in module.named_parameters()]
         shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         self._host: list[dict[str, torch.Tensor]] = []
-        self._unpin = []
+        self._pins = []
         for layer in spec.moe_layers:
             row: dict[str, torch.Tensor] = {}
             for name, shape in shapes.items():
@@ -48,7 +48,7 @@ class TransformersStreamed:
                 read = UnpackedExpert.empty(spec.expert)
                 weights.read(layer, expert, *read.matrices, read.biases)
                 _put(row, expert, read, module)
-            self._unpin += [device.pin(tensor) for tensor in row.values()]
+            self._pins += [device.pin(tensor) for tensor in row.values()]
             self._host.append(row)
         self._slots = []
         for _ in range(min(SLOTS, len(self._host))):
@@ -95,8 +95,8 @@ class TransformersStreamed:
     def close(self) -> None:
         """Lets the weights go."""
         self._device.synchronize()
-        for undo in self._unpin:
-            undo()
+        for pin in self._pins:
+            pin.undo()
         self._host.clear()
         self._slots.clear()
         self._device.close()
