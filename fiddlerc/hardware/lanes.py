@@ -34,7 +34,7 @@ from .sampling import Timed
 _BF16 = torch.bfloat16
 _ATTENTION_S = 3e-4  # about a layer's attention of a small model
 _ATTENTION_BYTES = 8 << 20
-_TOGETHER = 4  # experts of a layer, where a single one is small for all threads:
+_TOGETHER = 4  # experts of a layer, where one of so many bytes at most is little work for all threads:
 _SMALL_BYTES = 16 << 20
 _LAUNCHES = 100
 _CAPTURED_LAYERS = 32

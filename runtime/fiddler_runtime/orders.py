@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from . import arena
-from .lanes.expert import UnpackedExpert
 from .plan import ExpertForm, ExpertTensors
 
 
@@ -73,10 +72,3 @@ class StoredExpert:
         (down,) = room(1, width, rows)
         biases = pair(names.gate_bias == names.up_bias, rows) + room(1, width) if form.bias else ()
         return StoredExpert(form, (gate, up, down), biases)
-
-    def to(self, device: torch.device) -> UnpackedExpert:
-        """A copy as an accelerator computes with it."""
-        out = UnpackedExpert.empty(self.form, device)
-        for target, part in zip((*out.matrices, *out.biases), (*self.matrices, *self.biases), strict=True):
-            target.copy_(part)
-        return out

@@ -77,11 +77,11 @@ def main() -> None:
         return
     print(f"{spec.name}, device {arguments.device}; {machine.cpu}, {machine.cores} cores, {', '.join(machine.isa)}")
     print(f"plan for {plan.header.hardware.name} ({plan.header.hardware.provenance}): {plan.header.hardware.source}")
-    print(f"{'':8}{'memory':>8}{'rounds':>8}{'predicted tok/s':>17}{'measured tok/s':>28}{'predicted / measured':>22}")
+    print(f"{'':8}{'memory':>8}{'rounds':>8}{'predicted tok/s':>17}{'measured tok/s':>34}{'predicted / measured':>22}")
     for result in results:
         spread = f"{result.measured:.4g} ({result.low:.4g}-{result.high:.4g})"
         print(
-            f"{result.scenario:8}{result.regime:>8}{result.rounds:8}{result.predicted:17.4g}{spread:>28}"
+            f"{result.scenario:8}{result.regime:>8}{result.rounds:8}{result.predicted:17.4g}{spread:>34}"
             f"{result.ratio:22.3f}"
         )
 

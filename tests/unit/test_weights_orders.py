@@ -75,7 +75,9 @@ def test_read(
                 part.fill_(torch.nan)
             weights.read(layer, index, *read.matrices, read.biases)
             expected = (expert.gate, expert.up, expert.down, *expert.biases)
-            for found in (read, read.to(torch.device("cpu"))):
+            copied = UnpackedExpert.empty(spec.expert)
+            copied.fill(read)
+            for found in (read, copied):
                 parts = zip((*found.matrices, *found.biases), expected, strict=True)
                 assert all(torch.equal(a, b) for a, b in parts)
             if isinstance(read, StoredExpert) and dtype == torch.bfloat16:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
+from ..orders import StoredExpert
 from ..plan import Activation, ExpertForm
-
-if TYPE_CHECKING:
-    from ..orders import StoredExpert
 
 GATE_UP_LANES = 16  # outputs of gate, and as many of up, in a block of the packed layout
 DOWN_LANES = 32

@@ -151,10 +151,13 @@ class NoiseWeights(ExpertWeights):
             columns = out.shape[1] if out.dim() == 2 else 1
             if columns not in self._scaled:
                 self._scaled[columns] = (self._noise.float() * columns**-0.5).bfloat16()
-            noise, flat = self._scaled[columns], out.view(-1)
+            noise, target = self._scaled[columns], out.contiguous()  # a copy only where gate and up interleave
+            flat = target.view(-1)
             at = (layer * 4099 + expert * 7 + part) * _STRIDE % _NOISE
             first = min(_NOISE - at, flat.numel())
             flat[:first] = noise[at : at + first]
             for start in range(first, flat.numel(), _NOISE):
                 piece = flat[start : start + _NOISE]
                 piece.copy_(noise[: piece.numel()])
+            if target is not out:
+                out.copy_(target)
