@@ -28,7 +28,25 @@ _ROUNDS = 10
 
 
 def measure_rest(plan: Plan, model_dir: Path, *, progress: Progress | None = None) -> tuple[StepSample, ...]:
-    """Steps of the model as `generate` takes them, on the plan's device, every layer through the engine.
+    """Steps of the model as `generate` takes them, on the plan's device, every layer through the engine."""
+    from fiddler_runtime import hf
+
+    model = hf.load(model_dir, on_both_sides(plan))
+    try:
+        return measure_rest_of(model, plan, progress=progress)
+    finally:
+        model.fiddler.close()
+
+
+def on_both_sides(plan: Plan) -> Plan:
+    """With experts on both sides, as in use: a step waits for its accelerator longer where that has all the work."""
+    resident = plan.tables.resident.copy()
+    resident[:, ::2] = 0
+    return dataclasses.replace(plan, tables=dataclasses.replace(plan.tables, resident=resident))
+
+
+def measure_rest_of(model: Any, plan: Plan, *, progress: Progress | None = None) -> tuple[StepSample, ...]:
+    """The same of a model that is loaded, as hf.load makes them, best through such a plan.
 
     Decode steps at several lengths of the cache, with one sequence and with beams; prompts of several lengths. Experts
     run as ever, since threads that wake up and caches that were used cost the rest of the step something too, and each
@@ -36,39 +54,30 @@ def measure_rest(plan: Plan, model_dir: Path, *, progress: Progress | None = Non
     """
     import torch
 
-    from fiddler_runtime import hf
-
-    # With experts on both sides, as in use: a step waits for its accelerator longer where that has all the work.
-    resident = plan.tables.resident.copy()
-    resident[:, ::2] = 0
-    model = hf.load(model_dir, dataclasses.replace(plan, tables=dataclasses.replace(plan.tables, resident=resident)))
-    try:
-        if model.fiddler.describe()["device"] == "cuda":
-            _leave_out_experts(model)
-        limit = min(model.config.max_position_embeddings, plan.header.options.context)
-        points = list(_points(limit))
-        times: dict[tuple[int, int, int], list[float]] = {}
-        # In turns, so that a slow moment of the machine is no point's own.
-        for turn in range(_ROUNDS):
-            if progress is not None:
-                progress("calibrating: the rest of a step", turn, _ROUNDS)
-            for point in points:
-                # Any tokens do: without experts nothing depends on what they say.
-                tokens, beams, new = point
-                ids = torch.arange(tokens, device=model.device).remainder(model.config.vocab_size)[None]
-                if turn == 0:
-                    timed(model, ids, new, beams)  # buffers, caches and torch's own choices
-                if sum(times.setdefault(point, [])) < _SECONDS:
-                    times[point] += _step_times(model, ids, beams, new)
-                if new == 1 and times[point][0] > _SECONDS:
-                    points = points[: points.index(point) + 1]
-                    break
-        samples = [_sample(plan, *point, times[point]) for point in points]
+    if model.fiddler.describe()["device"] == "cuda":
+        _leave_out_experts(model)
+    limit = min(model.config.max_position_embeddings, plan.header.options.context)
+    points = list(_points(limit))
+    times: dict[tuple[int, int, int], list[float]] = {}
+    # In turns, so that a slow moment of the machine is no point's own.
+    for turn in range(_ROUNDS):
         if progress is not None:
-            progress("calibrating: the rest of a step", _ROUNDS, _ROUNDS)
-        return tuple(samples)
-    finally:
-        model.fiddler.close()
+            progress("calibrating: the rest of a step", turn, _ROUNDS)
+        for point in points:
+            # Any tokens do: without experts nothing depends on what they say.
+            tokens, beams, new = point
+            ids = torch.arange(tokens, device=model.device).remainder(model.config.vocab_size)[None]
+            if turn == 0:
+                timed(model, ids, new, beams)  # buffers, caches and torch's own choices
+            if sum(times.setdefault(point, [])) < _SECONDS:
+                times[point] += _step_times(model, ids, beams, new)
+            if new == 1 and times[point][0] > _SECONDS:
+                points = points[: points.index(point) + 1]
+                break
+    samples = [_sample(plan, *point, times[point]) for point in points]
+    if progress is not None:
+        progress("calibrating: the rest of a step", _ROUNDS, _ROUNDS)
+    return tuple(samples)
 
 
 def _points(limit: int) -> Iterator[tuple[int, int, int]]:

@@ -21,8 +21,10 @@ from fiddler_runtime.captured.layers import CapturedLayers
 from fiddler_runtime.dispatch import Dispatcher
 from fiddler_runtime.errors import FiddlerWarning
 from fiddler_runtime.kernels import Kernels, empty_packed, make_pointers
-from fiddler_runtime.lanes.device import Device, UnpackedExpert, run_expert, unpack_expert_into
-from fiddler_runtime.lanes.routing import route
+from fiddler_runtime.lanes.device import Device, UnpackedExpert
+from fiddler_runtime.lanes.kernel_choice import DEFAULT, choose, recorded
+from fiddler_runtime.lanes.resident_kernels import ExpertKernels
+from fiddler_runtime.lanes.routing import Share, route
 from fiddler_runtime.makespan import CPU, RESIDENT
 from fiddler_runtime.plan import ExpertForm, Tables
 from fiddler_runtime.store import ExpertStore
@@ -117,10 +119,14 @@ class AcceleratorExpert:
         self._device = device
         self._hidden_size = form.hidden_size
         self._batch = 8 if device.kind == "cuda" else 1
-        self._experts = [UnpackedExpert.empty(form, device.torch_device) for _ in range(copies)]
-        for expert in self._experts:
+        where = device.torch_device
+        # Those that will run: on a GPU that has not been seen before they are measured here.
+        self._kernels = ExpertKernels(form, where, choose(form, where))
+        experts = {index: UnpackedExpert.empty(form, where) for index in range(copies)}
+        for expert in experts.values():
             for part in (*expert.matrices, *expert.biases):
                 part.view(-1).copy_(random_weights(part.nbytes))
+        self._held = self._kernels.hold(experts)
 
     def timed(self, tokens: int, meanwhile: Callable[[int], Timed] | None = None) -> Timed:
         """One expert with that many tokens; microseconds without the lane's entry.
@@ -161,8 +167,8 @@ class AcceleratorExpert:
             settle(self._device)
             started = time.perf_counter_ns()
             for step in range(self._batch):
-                expert = self._experts[(index * self._batch + step) % len(self._experts)]
-                run_expert(hidden, rows, scale, expert, out)
+                expert = (index * self._batch + step) % len(self._held.experts)
+                self._kernels.run(hidden, rows, scale, self._held, [Share(expert, 0, tokens)], out)
             settle(self._device)
             return (time.perf_counter_ns() - started) / 1e3 / self._batch
 
@@ -196,18 +202,19 @@ class Copies:
             self._pin.undo()
 
     def expert(self, hidden_size: int, intermediate_size: int) -> Timed:
-        """Copying one packed expert of that shape to the accelerator and unpacking it there; microseconds."""
+        """Copying one packed expert of that shape to the accelerator, and unpacking it where kernels want that; us."""
         where = self._device.torch_device
         form = ExpertForm(hidden_size, intermediate_size)  # what else there may be to it hardly adds bytes
         elements = form.packed_bytes // 2
-        landing = torch.empty(elements, dtype=_BF16, device=where)
-        expert = UnpackedExpert.empty(form, where)
+        kernels = ExpertKernels(form, where, recorded(form, where) or DEFAULT)
+        slot = kernels.slot()
+        landing = kernels.landing(slot)
         places = max(1, self._source.numel() // elements)
 
         def copy(index: int) -> None:
             start = index % places * elements
             landing.copy_(self._source[start : start + elements], non_blocking=True)
-            unpack_expert_into(landing, expert)
+            kernels.landed(landing, slot)
 
         return self._timed(copy)
 

@@ -26,6 +26,8 @@ from .drift import LANES, Drift
 from .errors import FiddlerError, FiddlerWarning
 from .lanes.accelerator import AcceleratorLanes
 from .lanes.device import Device, open_device
+from .lanes.kernel_choice import choose
+from .lanes.resident_kernels import ExpertKernels
 from .lanes.routing import route
 from .lanes.streamed import StreamedLane
 from .loading import load_plan, open_library
@@ -53,6 +55,7 @@ class Engine:
     threads     of the CPU lane, the caller included; default all usable cores, less one for a simulated accelerator
     strategies  a subset of ("resident", "streamed", "cpu") to choose from; weights are placed accordingly. Default all,
                 and with device none ("cpu",)
+    dispatcher  the class that decides, for comparisons with other strategies' rules
     packed_cache  keep the packed experts in this folder, or beside the checkpoint if True, and map them from there:
                 the next engine starts at once, and engines share memory (docs/runtime.md). Default: they are packed
                 into memory of the engine's own
@@ -75,6 +78,7 @@ class Engine:
         strategies: Sequence[str] | None = None,
         packed_cache: PackedCache | bool | str | Path | None = False,
         whole_model: bool = False,
+        dispatcher: type[Dispatcher] = Dispatcher,
         progress: Progress | None = None,
     ) -> None:
         self.plan = plan if isinstance(plan, Plan) else load_plan(plan)
@@ -97,13 +101,17 @@ class Engine:
         self._library = open_library(self.plan, progress=progress)
         self._device = open_device(setup.kind)
         try:
+            # Before the weights take the memory: on a GPU that has not been seen before this measures.
+            accelerator = ExpertKernels(
+                self.spec.expert, self._device.torch_device, choose(self.spec.expert, self._device.torch_device)
+            )
             count = _cpu_threads(threads, self._device)
             beside_torch = self._device.kind == "none"
             self._kernels = self._library.open(isa, count, cpus=lane_cpus(count), beside_torch=beside_torch)
             try:
                 lane = None
                 if setup.streaming:
-                    lane = _streamed_lane(self._device, self.spec, prefetch="prefetch" in setup.features)
+                    lane = _streamed_lane(self._device, self.spec, accelerator, prefetch="prefetch" in setup.features)
                 rooms = reserve(
                     self.spec,
                     setup.resident,
@@ -133,10 +141,11 @@ class Engine:
         rows = self.spec.intermediate_size if "split" in setup.features and "cpu" in self.strategies else 0
         # Where all were to be resident there is no streamed lane, also if some had to be given up.
         self._allowed = [strategy for strategy in self.strategies if strategy != "streamed" or lane is not None]
-        self._dispatcher = Dispatcher(self._library, tables, self.spec.num_experts, allow=self._allowed, rows=rows)
+        self._dispatcher = dispatcher(self._library, tables, self.spec.num_experts, allow=self._allowed, rows=rows)
         # What is worth fetching ahead was decided for the plan's own residents.
         self._ahead = Ahead(self.plan.tables.prefetch, self._store) if "prefetch" in setup.features else None
-        self._lanes = AcceleratorLanes(self._device, self._store, lane)
+        self._accelerator_kernels = str(accelerator.choice)
+        self._lanes = AcceleratorLanes(self._device, self._store, accelerator, lane)
         self._tables = tables
         self._captured: CapturedLayers | None = None
         self._drift = Drift(self.plan)
@@ -320,6 +329,7 @@ class Engine:
                     self._store,
                     self._kernels,
                     decided,
+                    resident=self._lanes,
                     done=self._count_captured,
                 )
             yield self._captured
@@ -377,6 +387,7 @@ class Engine:
             "threads": self._kernels.threads,
             "whose_threads": self._kernels.whose_threads,
             "library": str(self._library.path),
+            "accelerator_kernels": self._accelerator_kernels,
             "resident_experts": resident,
             "total_experts": self._store.places.size,
             "resident_bytes": resident * self.spec.expert_bytes,
@@ -403,9 +414,9 @@ class Engine:
         self.close()
 
 
-def _streamed_lane(device: Device, spec: ModelSpec, *, prefetch: bool) -> StreamedLane:
+def _streamed_lane(device: Device, spec: ModelSpec, kernels: ExpertKernels, *, prefetch: bool) -> StreamedLane:
     try:
-        return StreamedLane(device, spec.expert, prefetch=prefetch)
+        return StreamedLane(device, kernels, prefetch=prefetch)
     except torch.OutOfMemoryError as error:
         raise FiddlerError(
             f"not enough accelerator memory to stream experts of {spec.name}",

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-FORBIDDEN = ("fiddlerc", "sklearn", "jinja2", "onnx", "transformers", "matplotlib", "scipy")
+FORBIDDEN = ("fiddlerc", "sklearn", "jinja2", "onnx", "transformers", "matplotlib", "scipy", "triton")
 # Milliseconds that importing the package adds to torch, numpy being there already; and the modules found afterwards.
 IMPORT = """
 import json, sys, time

@@ -138,7 +138,7 @@ def test_staging_that_finds_no_room_is_an_error(plan: Plan, monkeypatch: pytest.
 def refusals(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """The accelerator's next `count` layers find no memory for their work."""
     left = [count]
-    run = accelerator.run_resident
+    run = accelerator.AcceleratorLanes._run_resident
 
     def refuse(*args: Any) -> None:
         if left[0] > 0:
@@ -146,7 +146,7 @@ def refusals(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
         run(*args)
 
-    monkeypatch.setattr(accelerator, "run_resident", refuse)
+    monkeypatch.setattr(accelerator.AcceleratorLanes, "_run_resident", refuse)
 
 
 def test_a_layer_without_memory_takes_that_of_residents(plan: Plan, monkeypatch: pytest.MonkeyPatch):

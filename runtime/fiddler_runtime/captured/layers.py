@@ -13,6 +13,7 @@ import torch
 from ..dispatch import Dispatcher
 from ..errors import FiddlerError
 from ..kernels import Kernels
+from ..lanes.accelerator import AcceleratorLanes
 from ..lanes.device import CannotCapture, Device, Graph, Launched
 from ..lanes.resident_masked import run_resident_masked
 from ..store import ExpertStore
@@ -32,6 +33,7 @@ class CapturedLayers:
     """Runs captured steps of one engine, one at a time; of those, `moe` is a layer.
 
     dispatcher  one that never streams
+    resident    the engine's lanes, which compute the residents; default torch's linears on the store's
     done        called after each step, with what it did
     entry       how the stream enters the CPU lane; default what the device has
     stall_ms    a step without progress for so long is given up, with a FiddlerError
@@ -47,12 +49,15 @@ class CapturedLayers:
         kernels: Kernels,
         dispatcher: Dispatcher,
         *,
+        resident: AcceleratorLanes | None = None,
         done: Callable[[NativeStep], None] = lambda _: None,
         entry: Entry | None = None,
         stall_ms: int = STALL_MS,
     ) -> None:
         self._device = device
         self._store = store
+        self._top_k = top_k
+        self._resident = resident
         self._done = done
         self.entry = _open_entry(device) if entry is None else entry
         mailbox = Mailbox(MOST_TOKENS, hidden_size, top_k)
@@ -86,7 +91,10 @@ class CapturedLayers:
         box.weights[:tokens].copy_(scale, non_blocking=True)
         self.entry.ask(row)
         out = torch.zeros(there.shape, dtype=torch.float32, device=device)
-        run_resident_masked(there, ids.to(device), scale, self._store.resident[row], out)
+        if self._resident is None:
+            run_resident_masked(there, ids.to(device), scale, self._store.resident[row], out)
+        else:
+            self._resident.run_masked(row, there, ids.to(device), scale, out)
         self.entry.answer(row)
         return out.add_(box.out[:tokens].to(device, non_blocking=True))
 
@@ -103,6 +111,8 @@ class CapturedLayers:
             finally:
                 self._within = None
 
+        if self._resident is not None and self._device.kind == "cuda":
+            self._resident.prepare_masked(tokens, self._top_k)
         with self._running(tokens):
             graph, launched = self._device.capture(work)
             self._wait(launched)

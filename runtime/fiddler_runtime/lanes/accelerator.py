@@ -9,7 +9,7 @@ import torch
 
 from ..store import ExpertStore
 from .device import Device
-from .resident import run_resident
+from .resident_kernels import ExpertKernels
 from .routing import Routing
 from .streamed import StreamedLane
 
@@ -19,9 +19,13 @@ Result = tuple[torch.Tensor, int]
 class AcceleratorLanes:
     """Lanes (a) and (b) of one engine."""
 
-    def __init__(self, device: Device, store: ExpertStore, streamed: StreamedLane | None) -> None:
+    def __init__(
+        self, device: Device, store: ExpertStore, kernels: ExpertKernels, streamed: StreamedLane | None
+    ) -> None:
         self._device = device
         self._store = store
+        self._kernels = kernels
+        self._resident = [kernels.hold(experts) for experts in store.resident]
         self._streamed = streamed
 
     def submit(
@@ -42,14 +46,17 @@ class AcceleratorLanes:
         return self._device.join(future)
 
     def _run(self, row: int, hidden: torch.Tensor, routing: Routing, ahead: tuple[int, int] | None) -> Result:
+        if self._kernels.choice.stacks:
+            for held in self._resident:
+                self._kernels.give_back(held)
         out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         packed, streamed = self._store.packed[row], self._streamed
         if streamed is None:
-            run_resident(hidden, routing, self._store.resident[row], out)
+            self._run_resident(row, hidden, routing, out)
             return out, time.perf_counter_ns()
         # The copies first: the resident experts are computed while they run.
         arrivals = streamed.start(routing, packed)
-        run_resident(hidden, routing, self._store.resident[row], out)
+        self._run_resident(row, hidden, routing, out)
         if routing.lent is not None:
             streamed.use_prefetched(hidden, routing, routing.lent, out)
         streamed.finish(hidden, routing, packed, arrivals, out)
@@ -57,6 +64,30 @@ class AcceleratorLanes:
         if ahead is not None:
             self._fetch(*ahead)
         return out, done
+
+    def _run_resident(self, row: int, hidden: torch.Tensor, routing: Routing, out: torch.Tensor) -> None:
+        """Lane (a): experts whose weights are on the accelerator; adds to out fp32 [T, H]."""
+        self._kernels.run(hidden, routing.rows, routing.weights, self._resident[row], routing.resident, out)
+
+    def run_masked(
+        self, row: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Lane (a) within a captured step: see ExpertKernels.run_masked."""
+        self._kernels.run_masked(hidden, ids, weights, self._resident[row], out)
+
+    def prepare_masked(self, tokens: int, top_k: int) -> None:
+        """Before the capture of a step of so many tokens: what a capture may not do, building and sending tables."""
+        where, width = self._device.torch_device, self._kernels.form.hidden_size
+        for held in self._resident:
+            hidden = torch.zeros(tokens, width, dtype=torch.bfloat16, device=where)
+            ids = torch.full((tokens, top_k), -1, dtype=torch.int64, device=where)
+            self._kernels.run_masked(
+                hidden,
+                ids,
+                torch.zeros(tokens, top_k, device=where),
+                held,
+                torch.zeros(tokens, width, device=where),
+            )
 
     def _fetch(self, row: int, expert: int) -> None:
         assert self._streamed is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,33 @@ class UnpackedExpert:
         return UnpackedExpert(self.activation, gate_up, down, bias, self.down_bias)
 
 
+@dataclass(frozen=True)
+class PackedExpert:
+    """An expert in the packed layout (docs/kernels.md) on one device: words int32 [packed_bytes / 4]."""
+
+    form: ExpertForm
+    words: torch.Tensor
+
+    @staticmethod
+    def empty(form: ExpertForm, device: torch.device | str = "cpu") -> PackedExpert:
+        """Room for one expert, uninitialised."""
+        return PackedExpert(form, torch.empty(form.packed_bytes // 4, dtype=torch.int32, device=device))
+
+    @property
+    def numbers(self) -> torch.Tensor:
+        """The same as bf16, as packed experts lie in host memory."""
+        return self.words.view(torch.bfloat16)
+
+    def to(self, device: torch.device) -> UnpackedExpert:
+        """Its matrices on another device. Nothing is unpacked where it is."""
+        return unpack_expert(self.numbers.to(device), self.form)
+
+    def rows(self, first: int) -> PackedExpert:
+        """Room within this one for an expert of its first intermediate rows alone."""
+        form = replace(self.form, intermediate_size=first)
+        return PackedExpert(form, self.words[: form.packed_bytes // 4])
+
+
 def run_expert(
     hidden: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, expert: UnpackedExpert, out: torch.Tensor
 ) -> None:
@@ -131,6 +158,35 @@ def unpack_expert_into(packed: torch.Tensor, out: UnpackedExpert) -> None:
         both = by_block[:gate_blocks].permute(1, 0, 2).reshape(2, -1)[:, :intermediate_size]
         out.gate_up_bias.view(2, intermediate_size).copy_(both)
         out.down_bias.copy_(by_block[gate_blocks:].reshape(-1)[:hidden_size])
+
+
+def pack_expert_into(expert: UnpackedExpert, packed: torch.Tensor) -> None:
+    """The inverse of `unpack_expert_into`: packed bf16 [packed_bytes / 2], on the expert's device."""
+    hidden_size, intermediate_size = expert.down.shape
+    hidden_pairs, intermediate_pairs = -(-hidden_size // 2), -(-intermediate_size // 2)
+    gate_blocks, down_blocks = -(-intermediate_size // GATE_UP_LANES), -(-hidden_size // DOWN_LANES)
+    lanes = packed.view(torch.int32)
+    first = gate_blocks * hidden_pairs * 2 * GATE_UP_LANES
+    last = first + down_blocks * intermediate_pairs * DOWN_LANES
+    both = _padded(expert.gate_up.view(2, intermediate_size, hidden_size), gate_blocks * GATE_UP_LANES, hidden_pairs)
+    both = both.view(2, gate_blocks, GATE_UP_LANES, hidden_pairs).permute(1, 3, 0, 2)
+    lanes[:first].view(both.shape).copy_(both)
+    rows = _padded(expert.down.unsqueeze(0), down_blocks * DOWN_LANES, intermediate_pairs)
+    rows = rows.view(down_blocks, DOWN_LANES, intermediate_pairs).permute(0, 2, 1)
+    lanes[first:last].view(rows.shape).copy_(rows)
+    if expert.gate_up_bias is not None and expert.down_bias is not None:
+        by_lane = lanes[last:].view(torch.float32)
+        by_lane.zero_()
+        by_block = by_lane.view(-1, 2, GATE_UP_LANES)
+        both = F.pad(expert.gate_up_bias.view(2, -1), (0, gate_blocks * GATE_UP_LANES - intermediate_size))
+        by_block[:gate_blocks].copy_(both.view(2, gate_blocks, GATE_UP_LANES).permute(1, 0, 2))
+        by_block[gate_blocks:].view(-1)[:hidden_size].copy_(expert.down_bias)
+
+
+def _padded(matrices: torch.Tensor, rows: int, pairs: int) -> torch.Tensor:
+    """bf16 [m, r, c] as pairs, int32 [m, rows, pairs], with zeros for what there is not."""
+    _, present, columns = matrices.shape
+    return F.pad(matrices, (0, 2 * pairs - columns, 0, rows - present)).contiguous().view(torch.int32)
 
 
 def _fill(target: torch.Tensor, lanes: torch.Tensor, padded_rows: int, pairs: int) -> None:

@@ -13,25 +13,25 @@ import torch
 
 from ..plan import ExpertForm
 from .device import Device, Ticket
-from .expert import DOWN_LANES, GATE_UP_LANES, UnpackedExpert, run_expert, unpack_expert_into
+from .expert import DOWN_LANES, GATE_UP_LANES
+from .resident_kernels import ExpertKernels, Held
 from .routing import Routing, Share
 
 SLOTS = 2
 
 
 class StreamedLane:
-    """Two staging slots on the accelerator, one more for prefetching, and one landing buffer for packed weights.
+    """Two staging slots on the accelerator, and one more for prefetching.
 
-    The copy engine copies a packed expert to the landing buffer and unpacks it into a free slot, while the compute
-    queue works from another slot. All methods run in the device's compute queue.
+    The copy engine copies a packed expert into a free slot, or to where it is unpacked from into one, as the kernels
+    want it; the compute queue works from another slot. All methods run in the device's compute queue.
     """
 
-    def __init__(self, device: Device, form: ExpertForm, *, prefetch: bool) -> None:
+    def __init__(self, device: Device, kernels: ExpertKernels, *, prefetch: bool) -> None:
         slots = SLOTS + prefetch
         self._device = device
-        self._form = form
-        self._landing = torch.empty(form.packed_bytes // 2, dtype=torch.bfloat16, device=device.torch_device)
-        self._slots = [UnpackedExpert.empty(form, device.torch_device) for _ in range(slots)]
+        self._kernels = kernels
+        self._slots = [kernels.slot() for _ in range(slots)]
         # A slot may be overwritten after this ticket: the last computation that reads it.
         self._free: list[Ticket] = [None] * slots
         self._fetched: Ticket = None
@@ -67,24 +67,25 @@ class StreamedLane:
         self, slot: int, hidden: torch.Tensor, routing: Routing, share: Share, arrival: Ticket, out: torch.Tensor
     ) -> None:
         self._device.wait(arrival)
-        part = slice(share.start, share.stop)
-        run_expert(hidden, routing.rows[part], routing.weights[part], self._slot(slot, share.first), out)
+        one = [replace(share, expert=0)]  # a slot's own
+        self._kernels.run(hidden, routing.rows, routing.weights, self._slot(slot, share.first), one, out)
         self._free[slot] = self._device.mark()
 
     def _fetch(self, slot: int, packed: Mapping[int, torch.Tensor], share: Share) -> Ticket:
         return self._device.on_copy_engine(self._copy, slot, packed[share.expert], share.first, after=self._free[slot])
 
     def _copy(self, slot: int, packed: torch.Tensor, first: int | None) -> None:
+        landing = self._kernels.landing(self._slots[slot])
         if first is None:
-            landed = self._landing
-            landed.copy_(packed, non_blocking=True)
+            landing.copy_(packed, non_blocking=True)
         else:
-            landed = copy_first_rows(packed, self._landing, self._form, first)
-        unpack_expert_into(landed, self._slot(slot, first))
+            landing = copy_first_rows(packed, landing, self._kernels.form, first)
+        self._kernels.landed(landing, self._slot(slot, first))
 
-    def _slot(self, slot: int, first: int | None) -> UnpackedExpert:
+    def _slot(self, slot: int, first: int | None) -> Held:
         """A slot for all rows of an expert, or for the first `first`."""
-        return self._slots[slot] if first is None else self._slots[slot].rows(first)
+        held = self._slots[slot]
+        return held if first is None else self._kernels.first_rows(held, first)
 
 
 def copy_first_rows(packed: torch.Tensor, landing: torch.Tensor, form: ExpertForm, rows: int) -> torch.Tensor:
