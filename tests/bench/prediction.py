@@ -4,10 +4,10 @@
     python -m tests.bench.prediction PLAN --model DIR [--hw HW.json] [--trace FILE] [--device none] [--json]
 
 On an idle machine. A cycle is `fiddlerc calibrate --quick --model DIR`, `fiddlerc compile` and the measurement. The
-ratio of several is the median of their own: a drift of the machine between two cycles is no error of the prediction. With
-PLAN, which should come from a fresh calibration, that one is measured. The trace should be of text like the bench's own
-(fiddlerc/execution/text.txt); without one, routing is drawn from the plan's popularity. A model of real shapes without
-real weights: python -m tests.bench.random_model mixtral --layers 3 -o DIR.
+ratio of several is the median of their own: a drift of the machine between two cycles is no error of the prediction.
+With PLAN, which should come from a fresh calibration, that one is measured. The trace should be of text like the
+bench's own (fiddlerc/execution/text.txt); without one, routing is drawn from the plan's popularity. A model of real
+shapes without real weights: python -m tests.bench.random_model mixtral --layers 3 -o DIR.
 
 Decode and beam count the steps after the first token, prefill the time to it; measured figures are medians over rounds
 after a warm-up, with the lowest and highest round. A prediction is of a memory bandwidth, and shared machines' changes.
@@ -65,9 +65,7 @@ def main() -> None:
     machine = this_machine()
     if not arguments.json:
         print(f"{arguments.model}, device {arguments.device}; {machine.cpu}, {machine.cores} cores")
-        print(
-            f"{'':8}{'memory':>8}{'rounds':>8}{'predicted tok/s':>17}{'measured tok/s':>34}{'ratio':>11}"
-        )
+        print(f"{'':8}{'memory':>8}{'rounds':>8}{'predicted tok/s':>17}{'measured tok/s':>34}{'ratio':>11}")
     results = []
     for _ in range(arguments.cycles):
         with tempfile.TemporaryDirectory() as folder:
