@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..ir import Calibration, CurveSummary, ModelSpec, StepSample
 from . import roofline
-from .candidates import COMPUTE, ONE, READ, SIZE, isotonic, linear
+from .candidates import COMPUTE, READ, SIZE, isotonic, linear
 from .heldout import MIN_SIZES, choose
 from .points import Ceiling, Floats, Work, join
 
@@ -39,8 +39,8 @@ def _measured(steps: Sequence[StepSample], spec: ModelSpec, tokens: npt.NDArray[
     kv_us = _kv_us(steps)
     us = _without_cache(steps, kv_us)
     work = Work(np.array([float(step.tokens) for step in steps]), np.ones(len(steps)), np.ones(len(steps)))
-    candidates = (linear("linear", [ONE, SIZE]), isotonic())
-    chosen = choose(candidates, work, us)
+    # Not a line: from one token to beams to a prompt `generate` does more for the first few tokens than for later ones.
+    chosen = choose([isotonic()], work, us)
     grid = Work(tokens.astype(np.float64), np.ones(len(tokens)), np.ones(len(tokens)))
     formula = f"{chosen.fitted.formula} + {kv_us:.4g} us x cached tokens"
     summary = CurveSummary(
