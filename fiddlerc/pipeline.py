@@ -323,7 +323,7 @@ def calibrate(
     for model in models:
         spec = frontend.load_model(model)
         shape = (spec.hidden_size, spec.intermediate_size)
-        experts = len(spec.moe_layers) * spec.num_experts * spec.expert_bytes
+        experts = spec.total_experts * spec.expert_bytes
         size = hardware.ModelBytes(experts, spec.non_expert_bytes // spec.num_layers)
         sizes[shape] = max(size, sizes.get(shape, size), key=lambda known: known.experts)
         forms[shape] = spec.expert  # latencies are kept by shape: activation and biases change them little
@@ -386,7 +386,7 @@ def record_trace(
             hint="fiddlerc trace MODEL_DIR --text FILE -o trace.safetensors",
         )
     contents = [execution.read_text(path) for path in texts]
-    experts = len(spec.moe_layers) * spec.num_experts * spec.expert_bytes
+    experts = spec.total_experts * spec.expert_bytes
     with tempfile.TemporaryDirectory(prefix="fiddlerc-") as folder:
         plan = None
         if packed_cache or TRACE_MARGIN * (spec.non_expert_bytes + experts) > available_bytes():

@@ -71,7 +71,7 @@ def describe(row: Architecture) -> dict[str, str]:
 def built_in(name: str) -> dict[str, Any]:
     """A line of the table of names."""
     spec = load_model(name)
-    experts = len(spec.moe_layers) * spec.num_experts * spec.expert_bytes
+    experts = spec.total_experts * spec.expert_bytes
     row = next(row for row in ARCHITECTURES if row.class_name == spec.architecture)
     own = "" if spec.name == name else f" ({spec.name})"
     return {

@@ -69,7 +69,7 @@ def pack(
         verified = time.perf_counter()
     return PackResult(
         path=str(cache.path),
-        experts=len(spec.moe_layers) * spec.num_experts,
+        experts=spec.total_experts,
         total_bytes=cache.nbytes,
         written_bytes=written,
         pack_s=packed - started,

@@ -189,7 +189,7 @@ def _tidy(graph: Any) -> None:
 
 
 def _require_disk(spec: ModelSpec, folder: Path, dtype: DType) -> None:
-    experts = len(spec.moe_layers) * spec.num_experts * spec.expert_bytes
+    experts = spec.total_experts * spec.expert_bytes
     needed = experts + spec.non_expert_bytes * (2 if dtype == "float32" else 1)
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -44,7 +44,7 @@ def count_memory(spec: ModelSpec, options: Options, *, prefetching: bool = False
     slack = int(total * SLACK)
     if used + slack > total:
         raise _too_small(spec, options, fixed)
-    experts = len(spec.moe_layers) * spec.num_experts
+    experts = spec.total_experts
     room = (total - used - slack) // spec.expert_bytes
     return MemoryBudget(total, (*fixed, MemoryItem("allocator slack", slack)), min(room, experts))
 

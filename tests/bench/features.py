@@ -48,7 +48,7 @@ def show(model: str, machine: str, recorded: Path | None, ratio: float | None = 
     steps = trace.sample_steps(text, popularity, spec, options)
     if ratio is not None:
         fitted = replace(fitted, stream_us=ratio * float(fitted.prevailing_us[1]))
-    experts = len(spec.moe_layers) * spec.num_experts
+    experts = spec.total_experts
     budget = placement.count_memory(spec, options)
     # What fits as a whole has no misses; then a quarter, to see what the link is worth.
     resident = budget.resident_experts if budget.resident_experts < experts else experts // SHARE

@@ -33,7 +33,7 @@ def main() -> None:
         read = trace.read_trace if recorded.suffix == ".safetensors" else trace.from_counts
         text = read(recorded, spec)
         latencies = placement.latencies(latency.fit(hardware.load_hardware(machine), spec))
-        total = len(spec.moe_layers) * spec.num_experts
+        total = spec.total_experts
         for share in (8, 4, 2):
             for objective in OBJECTIVES:
                 popularity = trace.popularity(text, spec, objective)

@@ -69,7 +69,8 @@ def main() -> None:
     results = []
     for _ in range(arguments.cycles):
         with tempfile.TemporaryDirectory() as folder:
-            found = truths(arguments, *(calibrated(arguments, Path(folder)) if arguments.plan is None else ()))
+            given = arguments.plan, arguments.hw
+            found = truths(arguments, *(calibrated(arguments, Path(folder)) if arguments.plan is None else given))
         results += found
         if not arguments.json:
             for truth in found:
@@ -98,19 +99,21 @@ def calibrated(arguments: argparse.Namespace, folder: Path) -> tuple[Path, Path]
         ["calibrate", "--quick", "--accelerator", arguments.device, *of, "-o", str(hw)],
         ["compile", str(arguments.model), "--hw", str(hw), *traced, "-o", str(plan)],
     ):
-        subprocess.run([sys.executable, "-m", "fiddlerc", *command], check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, "-m", "fiddlerc", *command], stdout=subprocess.DEVNULL)
+        if done.returncode:  # it has said why
+            raise SystemExit(done.returncode)
     return plan, hw
 
 
-def truths(arguments: argparse.Namespace, plan_path: Path | None = None, hw: Path | None = None) -> list[Truth]:
-    """Predictions of a plan (default: the one given) held against what it does."""
-    plan = read_plan(plan_path or arguments.plan)
+def truths(arguments: argparse.Namespace, plan_path: Path, hw: Path | None) -> list[Truth]:
+    """Predictions of a plan held against what it does."""
+    plan = read_plan(plan_path)
     spec = plan.header.model
     workload = dataclasses.replace(
         simulate.default_workload(spec), prefill_tokens=arguments.prefill_tokens, beam_width=arguments.beams
     )
     predicted = predictions(plan, arguments.trace, workload)
-    measured = measure(plan, workload, arguments, hw or arguments.hw)
+    measured = measure(plan, workload, arguments, hw)
     prevailing = REGIMES[int(np.argmax(plan.tables.regime_shares))]
     results = []
     for (scenario, regime), rates in sorted(measured.items()):
@@ -145,7 +148,7 @@ def measure(
     """Tokens/s of each round, by scenario and regime; scenarios take turns."""
     regimes: dict[str, float] | None = None
     spec = plan.header.model
-    experts = len(spec.moe_layers) * spec.num_experts * spec.expert_bytes
+    experts = spec.total_experts * spec.expert_bytes
     if hw is not None and experts > this_machine().l3_bytes:
         limits = hardware.load_hardware(str(hw)).limits
         regimes = {"fast": limits.cpu_read_gbps, "slow": limits.cpu_read_slow_gbps}
@@ -193,7 +196,7 @@ def measure(
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path, nargs="?")
-    parser.add_argument("--cycles", type=int, default=1, help="how often to calibrate, compile and measure")
+    parser.add_argument("--cycles", type=int, default=1, help="how often; without PLAN each calibrates anew")
     parser.add_argument("--model", type=Path, required=True, help="the model's directory, with weights")
     parser.add_argument("--hw", type=Path, help="the calibration that the plan was compiled from")
     parser.add_argument("--trace", type=Path, help="its trace")

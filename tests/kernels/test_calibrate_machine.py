@@ -12,6 +12,7 @@ import pytest
 from fiddler_runtime.build import build_kernels
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary
+from fiddler_runtime.machine import this_machine
 from fiddlerc import codegen, latency
 from fiddlerc.hardware import calibrate, load_hardware, measure, write_hardware
 from fiddlerc.ir import ExpertTensors, ModelSpec
@@ -96,6 +97,12 @@ def test_an_interruption_leaves_no_thread_behind(library: KernelLibrary) -> None
     with pytest.raises(KeyboardInterrupt):
         measure({SHAPE: library}, quick=True, accelerator="simulated", name="x", source="x", progress=interrupt)
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize(("attention", "displaced"), [(1, 2 << 20), (3 << 20, 3 << 20), (90 << 20, 8 << 20)])
+def test_attention_displaces_its_weights_from_the_caches(attention: int, displaced: int) -> None:
+    machine = replace(this_machine("none"), l2_bytes=1 << 20, cores=2)
+    assert calibrate.displaced_bytes(calibrate.ModelBytes(1 << 30, attention), machine) == displaced
 
 
 def test_nothing_to_measure() -> None:

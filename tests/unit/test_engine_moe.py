@@ -106,7 +106,7 @@ def test_the_strategies_that_were_permitted_are_those_that_ran(engine: Engine):
 
 
 def test_residents_are_where_the_strategies_say(engine: Engine):
-    total = len(SPEC.moe_layers) * SPEC.num_experts
+    total = SPEC.total_experts
     planned = int(runtime_samples.every_third(SPEC).sum())
     described = engine.describe()
     expected = total if engine.strategies == ("resident",) else planned * ("resident" in engine.strategies)

@@ -57,7 +57,7 @@ def check_header(header: Header) -> None:
     _unique("latency", [curve.quantity for curve in header.latency])
 
     placement = header.placement
-    total = len(model.moe_layers) * model.num_experts
+    total = model.total_experts
     if placement.total_experts != total:
         raise _bad("placement.total_experts", placement.total_experts, f"{total}, MoE layers x experts")
     _between("placement.resident_experts", placement.resident_experts, 0, total)

@@ -139,6 +139,11 @@ class ModelSpec:
         return self.expert.bytes
 
     @property
+    def total_experts(self) -> int:
+        """Routed experts of all layers."""
+        return len(self.moe_layers) * self.num_experts
+
+    @property
     def from_onnx(self) -> bool:
         """Whether the experts are in an ONNX file, which says nothing of the model's family."""
         return bool(self.expert_tensors.initializers)

@@ -310,7 +310,7 @@ def _about(args: argparse.Namespace, model: Model, plan: Plan, machine: Machine,
         f"torch {torch.__version__}",
         f"accelerator {where}",
         f"{spec.name}, {'random weights' if model.random else 'its own weights'}, "
-        f"{residents} of {memory.experts(spec)} experts fit the accelerator",
+        f"{residents} of {spec.total_experts} experts fit the accelerator",
         f"predictions from {hardware.name} ({hardware.provenance}): {hardware.source}",
         f"routing: {'the trace ' + args.routing.name if args.routing else 'as the routers choose'}"
         + (", nearly uniform since they are random" if model.random and not args.routing else ""),

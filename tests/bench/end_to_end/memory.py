@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import AcceleratorKind, available_bytes
-from fiddler_runtime.plan import ModelSpec, Options
+from fiddler_runtime.plan import Options
 from fiddler_runtime.reading import BUFFERS
 from fiddler_runtime.text import format_bytes
 from fiddlerc import placement
@@ -31,8 +31,8 @@ def budget(model: Model, options: Options, kind: AcceleratorKind) -> tuple[Optio
     whole = placement.count_memory(model.full, options)
     if model.spec.moe_layers == model.full.moe_layers:
         return options, whole.resident_experts
-    share = whole.resident_experts / experts(model.full)
-    wanted = round(share * experts(model.spec))
+    share = whole.resident_experts / model.full.total_experts
+    wanted = round(share * model.spec.total_experts)
     roomy = placement.count_memory(model.spec, dataclasses.replace(options, gpu_memory_bytes=1 << 50))
     used = sum(item.bytes for item in roomy.items[:-1])  # all but the slack, which is a share of the whole
     least = math.ceil((used + wanted * model.spec.expert_bytes) / (1 - SLACK)) + 2
@@ -67,11 +67,6 @@ def check(
     raise FiddlerError(
         f"not enough host memory for {spec.name} under the strategy {worst.name}",
         found=f"{format_bytes(free)} free",
-        expected=f"{format_bytes(needed(worst))}, most of it its {experts(spec)} experts in 16 bit",
+        expected=f"{format_bytes(needed(worst))}, most of it its {spec.total_experts} experts in 16 bit",
         hint=hint,
     )
-
-
-def experts(spec: ModelSpec) -> int:
-    """Of all layers."""
-    return len(spec.moe_layers) * spec.num_experts

@@ -122,12 +122,8 @@ class ChosenCopied(Strategy):
         return Ours().replay(steps, dataclasses.replace(setting, latencies=forced, resident=nobody, prefetch=None))
 
 
-def _total(spec: ModelSpec) -> int:
-    return len(spec.moe_layers) * spec.num_experts
-
-
 def _packed_misses(spec: ModelSpec, residents: int) -> int:
-    return (_total(spec) - residents) * spec.expert.packed_bytes
+    return (spec.total_experts - residents) * spec.expert.packed_bytes
 
 
 def _staged(spec: ModelSpec, residents: int) -> int:
@@ -144,7 +140,7 @@ CONTENDERS: tuple[Contender, ...] = (
         "Fiddler as published: its rule, torch's CPU kernels, one expert after another",
         _fiddler_code,
         FiddlerCodePolicy(),
-        lambda spec, residents: (_total(spec) - residents) * spec.expert_bytes,
+        lambda spec, residents: (spec.total_experts - residents) * spec.expert_bytes,
         lambda spec, residents: (residents + 1) * spec.expert_bytes,
     ),
     Contender(
@@ -152,7 +148,7 @@ CONTENDERS: tuple[Contender, ...] = (
         "transformers' own experts, all weights of a layer streamed",
         _transformers,
         AllCopied("transformers"),
-        lambda spec, residents: _total(spec) * spec.expert_bytes,
+        lambda spec, residents: spec.total_experts * spec.expert_bytes,
         lambda spec, residents: min(SLOTS, len(spec.moe_layers)) * spec.num_experts * spec.expert_bytes,
     ),
     Contender(

@@ -44,7 +44,7 @@ class TransformersStreamed:
                 row[name] = memory[: torch.Size(shape).numel()].view(shape)
             for expert in range(spec.num_experts):
                 if progress is not None:
-                    progress("loading experts", len(self._host) * spec.num_experts + expert, _experts(spec))
+                    progress("loading experts", len(self._host) * spec.num_experts + expert, spec.total_experts)
                 read = UnpackedExpert.empty(spec.expert)
                 weights.read(layer, expert, *read.matrices, read.biases)
                 _put(row, expert, read, module)
@@ -100,10 +100,6 @@ class TransformersStreamed:
         self._host.clear()
         self._slots.clear()
         self._device.close()
-
-
-def _experts(spec: ModelSpec) -> int:
-    return len(spec.moe_layers) * spec.num_experts
 
 
 def _put(row: dict[str, torch.Tensor], expert: int, read: UnpackedExpert, module: Any) -> None:
