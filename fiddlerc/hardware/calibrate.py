@@ -31,6 +31,7 @@ from .lanes import (
     captured_entries,
     launches,
     queue_entry,
+    random_weights,
 )
 from .regimes import Regimes, split_regimes
 from .sampling import ATTEMPTS, Guard, Series, Timed, repeat, sizes_within
@@ -185,7 +186,7 @@ class _Session:
         self.displaced = ATTENTION_BYTES
         self._guard: Guard | None = None
         self._regimes = Regimes(0.0)
-        self._probed = torch.ones(_PROBE_BYTES // 2, dtype=torch.bfloat16)
+        self._probed = random_weights(_PROBE_BYTES)
         self._progress = progress
         self._done = 0
         # Contention and copies count as one step each; experts as one per round.
@@ -286,7 +287,7 @@ class _Session:
 def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, regimes: Regimes, quick: bool) -> Limits:
     """The machine's ceilings. Each is the best of several probes: what it can do, not what it did on average."""
     probes = 5 if quick else 20
-    buffer = torch.ones(max(cache, 128 * _MIB) // 2, dtype=torch.bfloat16)
+    buffer = random_weights(max(cache, _PROBE_BYTES))
     with library.open(None, threads, beside_torch=device.kind == "none") as kernels:
         read = regimes.fast_gbps, regimes.slow_gbps, regimes.slow_share
         peak = max(kernels.peak_gflops(4 * PROBE_MS) for _ in range(probes))

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from fiddler_runtime import arena
 from fiddler_runtime.machine import this_machine
 from fiddler_runtime.plan import Plan, read_plan
 from fiddlerc import hardware, simulate, trace
@@ -152,7 +152,7 @@ def measure(
     if hw is not None and experts > this_machine().l3_bytes:
         limits = hardware.load_hardware(str(hw)).limits
         regimes = {"fast": limits.cpu_read_gbps, "slow": limits.cpu_read_slow_gbps}
-    probed = torch.ones(64 << 20, dtype=torch.bfloat16)
+    probed = arena.allocate(128 << 20).fill_(1.0)
     ids = load_tokenizer(arguments.model)(read_text(OUR_TEXT), return_tensors="pt")["input_ids"]
     model: Any = load_model(
         plan.path,
