@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, cast
 
@@ -17,24 +18,24 @@ from fiddler_runtime.lanes.device import Device, open_device
 from fiddler_runtime.machine import Machine, cpu_lane_threads, this_machine
 from fiddler_runtime.plan import packed_bytes
 
-from ..ir import Calibration, Limits, Quantity, Regime, Sample
+from ..ir import Calibration, Limits, Quantity
 from .catalog import SCHEMA
 from .lanes import (
     ATTENTION_BYTES,
     AcceleratorExpert,
+    Background,
     Copies,
     CpuExpert,
     accelerator_peak_gflops,
     accelerator_read_gbps,
     after_attention,
-    beside,
     captured_entries,
     launches,
+    memory_probe,
     queue_entry,
-    random_weights,
 )
-from .regimes import Regimes, split_regimes
-from .sampling import ATTEMPTS, Guard, Series, Timed, repeat, sizes_within
+from .regimes import same_regime, split_regimes
+from .sampling import ATTEMPTS, Guard, Point, Timed, repeat, samples, sizes_within
 
 Progress = Callable[[str, int, int], None]
 Shape = tuple[int, int]
@@ -46,7 +47,6 @@ _UNKNOWN_CACHE = 32 * _MIB  # taken for the last-level cache where the system do
 _BEYOND = 4
 # Beyond the second-level caches of GPUs to date (A100 40 MB, H100 50 MB, RTX 4090 72 MB).
 _GPU_CACHE = 160 * _MIB
-_PROBE_BYTES = 128 * _MIB  # beyond the last-level cache, and read in some milliseconds
 _COPY_BYTES = 64 * _MIB  # enough for a link's full rate
 PROBE_MS = 2.0
 _TORCH_SPINS_S = 0.02  # longer than torch's threads spin after their last work: they would look like other load
@@ -66,7 +66,7 @@ class ModelBytes:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. seconds are for each quantity of each shape, shared by its sizes; memory_seconds in all."""
+    """How much is measured. seconds are for each quantity of each shape, shared by its sizes."""
 
     tokens: tuple[int, ...]
     copy_widths: tuple[int, ...]
@@ -74,12 +74,9 @@ class Effort:
     rounds: int
     least: int
     most: int
-    memory_seconds: float
 
 
-QUICK = Effort(
-    (1, 2, 4, 8, 16, 32, 64, 128, 256), (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), 2.5, 2, 2, 4000, 3.0
-)
+QUICK = Effort((1, 2, 4, 8, 16, 32, 64, 128, 256), (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), 2.5, 2, 2, 4000)
 FULL = Effort(
     (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024),
     (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
@@ -87,7 +84,6 @@ FULL = Effort(
     4,
     2,
     20000,
-    20.0,
 )
 
 
@@ -115,17 +111,14 @@ def measure(
         raise FiddlerError("no expert shape to measure", expected="one or more", hint="fiddlerc calibrate -o hw.json")
     machine = this_machine(accelerator)
     effort = QUICK if quick else FULL
-    session = _Session(effort, len(kernels_by_shape), machine.accelerator.kind != "none", progress)
+    session = _Session(effort, machine, len(kernels_by_shape), progress)
     threads = cpu_lane_threads(machine.cores, machine.accelerator.kind)
     cache = rotated_bytes(machine)
-    samples: list[Sample] = []
 
     with open_device(machine.accelerator.kind) as device:
         where = device.torch_device
         first = next(iter(kernels_by_shape.values()))
-        with first.open(None, threads, beside_torch=device.kind == "none") as kernels:
-            regimes = session.watch_memory(kernels)
-        limits = _limits(first, threads, device, cache, regimes, quick)
+        limits = _limits(session, first, threads, device, cache, quick)
         session.step("limits")
         copied: set[int] = set()
         for shape, library in kernels_by_shape.items():
@@ -138,8 +131,7 @@ def measure(
                 session.kernels = kernels if rotated > machine.l3_bytes else None
                 cpu = CpuExpert(kernels, rotated_copies(packed_bytes(*shape), rotated, machine), limits.cpu_entry_us)
                 if device.kind == "none":
-                    samples += session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa, where)[1]
-                    session.kernels = None
+                    session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa, where)
                     continue
                 # A simulated accelerator has a core of the CPU's, and reads the same memory. Each lane is measured
                 # while the other works, as in a layer that has work for both: all the time if weights come from memory.
@@ -151,45 +143,59 @@ def measure(
                 busy = device.kind == "simulated"
                 shared = busy and rotated > machine.l3_bytes
                 each = busy and not shared
-                with beside(gpu.timed(1) if shared else None):
+                with session.beside.running(gpu.timed(1) if shared else None):
                     timed = partial(gpu.meanwhile, cpu.timed) if each else cpu.timed
-                    tokens, measured = session.experts("cpu_expert", shape, timed, threads, kernels.isa, where)
-                    samples += measured
-                    samples += _contention(session, device, shape, cpu.timed, cache, tokens, kernels)
+                    tokens = session.experts("cpu_expert", shape, timed, threads, kernels.isa, where)
+                    _contention(session, device, shape, cpu.timed, cache, tokens, kernels)
                 session.kernels = None
-                with beside(cpu.timed(1) if shared else None):
+                with session.beside.running(cpu.timed(1) if shared else None):
                     once = cpu.timed if each else None
-                    samples += session.experts(
-                        "gpu_expert", shape, partial(gpu.timed, meanwhile=once), 1, "torch", where
-                    )[1]
+                    session.experts("gpu_expert", shape, partial(gpu.timed, meanwhile=once), 1, "torch", where)
                 if library is first:
-                    samples += _overheads(session, device, shape, kernels)
+                    _overheads(session, device, shape, kernels)
                 # The simulated copy engine is one thread more on those cores.
                 with (
-                    beside(cpu.timed(_BUSY_TOKENS) if busy else None),
-                    beside(gpu.timed(_BUSY_TOKENS) if busy else None),
+                    session.beside.running(cpu.timed(_BUSY_TOKENS) if busy else None),
+                    Background().running(gpu.timed(_BUSY_TOKENS) if busy else None),
                 ):
-                    samples += _copy_samples(session, device, shape, rotated, copied)
+                    _copies(session, device, shape, rotated, copied)
                 del cpu, gpu, once, timed
+    regimes = split_regimes(session.reads)
+    limits = replace(
+        limits,
+        cpu_read_gbps=regimes.fast_gbps,
+        cpu_read_slow_gbps=regimes.slow_gbps,
+        cpu_slow_share=regimes.slow_share,
+    )
     if session.disturbed:
         source += f"; other load disturbed {session.disturbed} of {session.points} points"
-    return Calibration(SCHEMA, name, "measured", source, machine, limits, tuple(samples), ())
+    return Calibration(SCHEMA, name, "measured", source, machine, limits, samples(session.taken, regimes), ())
 
 
 class _Session:
-    """What every measurement shares: the effort, the guard against other load, and progress."""
+    """What every measurement shares: the effort, guards against other load, what was measured so far, and progress.
 
-    def __init__(self, effort: Effort, shapes: int, accelerator: bool, progress: Progress | None) -> None:
+    taken       the points, in the order of their measurement
+    reads       the memory's bandwidth, GB/s, again and again
+    beside      what runs meanwhile; it pauses while memory is read
+    kernels     whose measurements depend on the memory's bandwidth, or None
+    displaced   bytes that attention displaces from caches
+    """
+
+    def __init__(self, effort: Effort, machine: Machine, shapes: int, progress: Progress | None) -> None:
         self.effort = effort
         self.points = self.disturbed = 0
+        self.taken: list[Point] = []
+        self.reads: list[float] = []
+        self.beside = Background()
         self.kernels: Kernels | None = None
         self.displaced = ATTENTION_BYTES
         self._guard: Guard | None = None
-        self._regimes = Regimes(0.0)
-        self._probed = random_weights(_PROBE_BYTES)
+        self.probed = memory_probe(machine)
         self._progress = progress
         self._done = 0
         # Contention and copies count as one step each; experts as one per round.
+        accelerator = machine.accelerator.kind != "none"
         self._total = 1 + shapes * (effort.rounds * (2 if accelerator else 1) + (2 if accelerator else 0))
 
     def watch(self, kernels: Kernels) -> None:
@@ -202,29 +208,26 @@ class _Session:
 
         self._guard = Guard(probe)
 
-    def watch_memory(self, kernels: Kernels) -> Regimes:
-        """Reads memory again and again for some seconds: whether it has one bandwidth or two, and which."""
-        until = time.perf_counter() + self.effort.memory_seconds
-        probes = [kernels.read_gbps(self._probed)]
-        while time.perf_counter() < until:
-            probes.append(kernels.read_gbps(self._probed))
-        self._regimes = split_regimes(probes)
-        return self._regimes
+    def read_memory(self, kernels: Kernels) -> float:
+        """The memory's bandwidth now, GB/s, with nothing beside."""
+        with self.beside.paused():
+            self.reads.append(kernels.read_gbps(self.probed))
+        return self.reads[-1]
 
-    def _regime(self) -> Regime:
-        """The memory's regime now. Where nothing that reads host memory by itself is measured it does not matter."""
-        if self.kernels is None or not self._regimes.slow_share:
-            return "fast"
-        return self._regimes.of(self.kernels.read_gbps(self._probed))
+    def at_one_bandwidth(self, measure: Callable[[], list[float]]) -> tuple[float | None, list[float]]:
+        """Times of a measurement, and the memory's bandwidth around it; again if that changed meanwhile.
 
-    def labelled(self, measure: Callable[[], list[float]]) -> tuple[Regime, list[float]]:
-        """Times of a measurement, and the regime before and after it: repeated if the memory switched meanwhile."""
+        None where the times do not depend on host memory.
+        """
+        if self.kernels is None:
+            return None, measure()
         for _ in range(ATTEMPTS):
-            before = self._regime()
-            times = self.guarded(measure)
-            if before == (after := self._regime()):
+            before = self.read_memory(self.kernels)
+            times = measure()
+            after = self.read_memory(self.kernels)
+            if same_regime(before, after):
                 break
-        return after, times
+        return (before + after) / 2, times
 
     def _count(self) -> None:
         if self._guard is not None:
@@ -253,8 +256,8 @@ class _Session:
         threads: int,
         isa: str,
         where: torch.device,
-    ) -> tuple[tuple[int, ...], list[Sample]]:
-        """One expert over token counts: (the counts that fitted into the time, their samples).
+    ) -> tuple[int, ...]:
+        """One expert over token counts; returns the counts that fitted into the time.
 
         Sizes take turns over several rounds, so that a machine's slow drift touches all of them alike.
         """
@@ -268,28 +271,27 @@ class _Session:
             return calls[tokens](1)
 
         tokens = sizes_within(effort.tokens, once, effort.seconds, effort.rounds * effort.least)
-        series: dict[tuple[int, Regime], Series] = {}
         slot = effort.seconds / effort.rounds / len(tokens)
         most = -(-effort.most // effort.rounds)
+        nbytes = packed_bytes(*shape)
         for _ in range(effort.rounds):
             for n in tokens:
                 # One turn through the rotated weights first: what fits into a cache is then there.
                 repetition = partial(repeat, calls[n], seconds=slot, least=effort.least, most=most, warm_up=_WARM_UP)
-                regime, times = self.labelled(repetition)
-                series.setdefault((n, regime), Series()).times += times
+                gbps, times = self.at_one_bandwidth(partial(self.guarded, repetition))
+                self.taken.append(Point(quantity, shape, n, nbytes, threads, isa, times, gbps))
             self.step(label)
-        nbytes = packed_bytes(*shape)
-        return tokens, [
-            _sample(quantity, shape, n, nbytes, threads, isa, series[n, regime], regime) for n, regime in sorted(series)
-        ]
+        return tokens
 
 
-def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, regimes: Regimes, quick: bool) -> Limits:
-    """The machine's ceilings. Each is the best of several probes: what it can do, not what it did on average."""
+def _limits(session: _Session, library: KernelLibrary, threads: int, device: Device, cache: int, quick: bool) -> Limits:
+    """The machine's ceilings. Each is the best of several probes: what it can do, not what it did on average.
+
+    The host memory's is known in the end, when it has been read often.
+    """
     probes = 5 if quick else 20
-    buffer = random_weights(max(cache, _PROBE_BYTES))
     with library.open(None, threads, beside_torch=device.kind == "none") as kernels:
-        read = regimes.fast_gbps, regimes.slow_gbps, regimes.slow_share
+        read = max(session.read_memory(kernels) for _ in range(probes)), 0.0, 0.0
         peak = max(kernels.peak_gflops(4 * PROBE_MS) for _ in range(probes))
         hidden = library.spec.hidden_size
         lane = CpuExpert(kernels, 1)
@@ -301,7 +303,7 @@ def _limits(library: KernelLibrary, threads: int, device: Device, cache: int, re
         return Limits(threads, *read, peak, 0.0, 0.0, 0.0, 0.0, cpu_entry, 0.0)
     if device.kind == "simulated":
         with library.open(None, 1) as kernels:
-            gpu_read = max(kernels.read_gbps(buffer) for _ in range(probes))
+            gpu_read = max(kernels.read_gbps(session.probed) for _ in range(probes))
         size = 1024
     else:
         gpu_read, size = accelerator_read_gbps(device, 1 << 30), 8192
@@ -324,35 +326,34 @@ def _contention(
     cache: int,
     tokens: tuple[int, ...],
     kernels: Kernels,
-) -> list[Sample]:
+) -> None:
     """The CPU's expert again, at its smallest sizes, where it is bound by memory, while the copy engine is busy.
 
     The peak probe does not guard it: on a machine whose cores are all in use the copies themselves lower the peak.
     """
-    tokens = tokens[:_CONTENTION_TOKENS]
+    effort, tokens = session.effort, tokens[:_CONTENTION_TOKENS]
     nbytes = packed_bytes(*shape)
-    series = {n: Series() for n in tokens}
-    slot = session.effort.seconds / 4 / session.effort.rounds / len(tokens)
+    slot = effort.seconds / 4 / effort.rounds / len(tokens)
+    calls = {n: after_attention(timed(n), n, shape[0], device.torch_device, session.displaced) for n in tokens}
     copies = Copies(device, nbytes, cache)
+
+    def while_copying(n: int) -> list[float]:
+        with Background().running(copies.expert(*shape)):
+            return repeat(calls[n], seconds=slot, least=effort.least, most=effort.most, warm_up=_WARM_UP)
+
     try:
-        with copies.running(*shape):
-            for _ in range(session.effort.rounds):
-                for n in tokens:
-                    series[n].times += repeat(
-                        after_attention(timed(n), n, shape[0], device.torch_device, session.displaced),
-                        seconds=slot,
-                        least=session.effort.least,
-                        most=session.effort.most,
-                        warm_up=_WARM_UP,
-                    )
+        for _ in range(effort.rounds):
+            for n in tokens:
+                gbps, times = session.at_one_bandwidth(partial(while_copying, n))
+                session.taken.append(
+                    Point("cpu_expert_while_copying", shape, n, nbytes, kernels.threads, kernels.isa, times, gbps)
+                )
     finally:
         copies.close()
     session.step("CPU while copying")
-    quantity: Quantity = "cpu_expert_while_copying"
-    return [_sample(quantity, shape, n, nbytes, kernels.threads, kernels.isa, series[n]) for n in tokens]
 
 
-def _copy_samples(session: _Session, device: Device, shape: Shape, rotated: int, copied: set[int]) -> list[Sample]:
+def _copies(session: _Session, device: Device, shape: Shape, rotated: int, copied: set[int]) -> None:
     """Copies of this shape's packed expert and of other sizes, and activations back. `copied`: sizes that are done.
 
     An expert's copy includes unpacking it, as in the streamed lane's copy engine.
@@ -366,7 +367,6 @@ def _copy_samples(session: _Session, device: Device, shape: Shape, rotated: int,
     sizes = {nbytes: of for nbytes, of in sorted(sizes.items()) if nbytes not in copied}
     copied.update(sizes)
     slot = session.effort.seconds / 2 / max(1, len(sizes))
-    samples = []
     for nbytes, of in sizes.items():
         copies, slow = Copies(device, nbytes, rotated), None
         try:
@@ -376,56 +376,29 @@ def _copy_samples(session: _Session, device: Device, shape: Shape, rotated: int,
                 ways.append(("host_to_device_pageable", slow.expert(*of)))
             for quantity, timed in ways:
                 repetition = partial(repeat, timed, seconds=slot / 2, least=3, most=session.effort.most)
-                series = Series(session.guarded(repetition))
-                samples.append(_sample(cast(Quantity, quantity), (0, 0), 0, nbytes, 1, "", series))
+                times = session.guarded(repetition)
+                session.taken.append(Point(cast(Quantity, quantity), (0, 0), 0, nbytes, 1, "", times))
         finally:
             for opened in (copies, slow):
                 if opened is not None:
                     opened.close()
     session.step("copies")
-    return samples
 
 
-def _overheads(session: _Session, device: Device, shape: Shape, kernels: Kernels) -> list[Sample]:
+def _overheads(session: _Session, device: Device, shape: Shape, kernels: Kernels) -> None:
     """What is paid for an operation given to the accelerator, and for a captured layer's entering the CPU lane."""
 
-    def series(timed: Timed) -> Series:
-        return Series(session.guarded(partial(repeat, timed, seconds=0.2, least=20, most=500, warm_up=5)))
+    def times(timed: Timed) -> list[float]:
+        return session.guarded(partial(repeat, timed, seconds=0.2, least=20, most=500, warm_up=5))
 
-    samples = [_sample("launch", (0, 0), 0, 4, 1, "", series(launches(device)))]
+    session.taken.append(Point("launch", (0, 0), 0, 4, 1, "", times(launches(device))))
     try:
         with captured_entries(device, kernels) as entry:
-            samples.append(
-                _sample("captured_entry", shape, 1, 2 * shape[0], kernels.threads, kernels.isa, series(entry))
+            session.taken.append(
+                Point("captured_entry", shape, 1, 2 * shape[0], kernels.threads, kernels.isa, times(entry))
             )
     except FiddlerError as error:
         warnings.warn(f"captured steps are not measured: {error}", FiddlerWarning, stacklevel=3)
-    return samples
-
-
-def _sample(
-    quantity: Quantity,
-    shape: Shape,
-    tokens: int,
-    nbytes: int,
-    threads: int,
-    isa: str,
-    series: Series,
-    regime: Regime = "fast",
-) -> Sample:
-    return Sample(
-        quantity=quantity,
-        hidden_size=shape[0],
-        intermediate_size=shape[1],
-        tokens=tokens,
-        bytes=nbytes,
-        threads=threads,
-        isa=isa,
-        median_us=round(series.median_us, 3),
-        spread_us=round(series.spread_us, 3),
-        repeats=len(series.times),
-        regime=regime,
-    )
 
 
 def rotated_bytes(machine: Machine) -> int:
@@ -449,5 +422,4 @@ def _rotated_there(device: Device, rotated: int) -> int:
 
 
 def _median(timed: Timed) -> float:
-    series = Series(repeat(timed, seconds=0.2, least=20, most=500, warm_up=5))
-    return round(series.median_us, 3)
+    return round(statistics.median(repeat(timed, seconds=0.2, least=20, most=500, warm_up=5)), 3)

@@ -26,6 +26,7 @@ from fiddler_runtime.lanes.device import Device, UnpackedExpert
 from fiddler_runtime.lanes.kernel_choice import DEFAULT, choose, recorded
 from fiddler_runtime.lanes.resident_kernels import ExpertKernels
 from fiddler_runtime.lanes.routing import Share, route
+from fiddler_runtime.machine import Machine
 from fiddler_runtime.makespan import CPU, RESIDENT
 from fiddler_runtime.plan import ExpertForm, Tables
 from fiddler_runtime.store import ExpertStore
@@ -37,6 +38,7 @@ _ATTENTION_S = 3e-4  # about a layer's attention of a small model
 ATTENTION_BYTES = 8 << 20  # of a large model, as far as it matters
 _TOGETHER = 4  # experts of a layer, where one of so many bytes at most is little work for all threads:
 _SMALL_BYTES = 16 << 20
+_LEAST_PROBE_BYTES = 256 << 20
 _LAUNCHES = 100
 _CAPTURED_LAYERS = 32
 
@@ -52,6 +54,11 @@ def random_weights(nbytes: int) -> torch.Tensor:
     out[:whole].view(-1, pattern.numel()).copy_(pattern.expand(whole // pattern.numel(), -1))
     out[whole:].copy_(pattern[: out.numel() - whole])
     return out
+
+
+def memory_probe(machine: Machine) -> torch.Tensor:
+    """What the bandwidth of the host's memory is read off: a quarter of a gibibyte, or eight times the caches."""
+    return random_weights(max(_LEAST_PROBE_BYTES, 8 * machine.l3_bytes))
 
 
 class CpuExpert:
@@ -244,26 +251,6 @@ class Copies:
 
         return self._timed(copy)
 
-    @contextmanager
-    def running(self, hidden_size: int, intermediate_size: int) -> Iterator[None]:
-        """Copies one expert after the other, without a pause, while the block runs."""
-        timed = self.expert(hidden_size, intermediate_size)
-        stop = threading.Event()
-
-        def work() -> None:
-            index = 0
-            while not stop.is_set():
-                timed(index)
-                index += 1
-
-        thread = threading.Thread(target=work, name="fiddler-calibrate-copies")
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-
     def _timed(self, copy: Callable[[int], None]) -> Timed:
         def run(index: int, times: list[float]) -> None:
             started = time.perf_counter_ns()
@@ -389,27 +376,42 @@ def after_attention(
     return call
 
 
-@contextmanager
-def beside(timed: Timed | None) -> Iterator[None]:
-    """While something else is measured, does that again and again in a thread of its own; nothing if None."""
-    if timed is None:
-        yield
-        return
-    stop = threading.Event()
+class Background:
+    """Something that is done again and again in a thread of its own, while something else is measured."""
 
-    def work() -> None:
-        index = 0
-        while not stop.is_set():
-            timed(index)
-            index += 1
+    def __init__(self) -> None:
+        self._turn, self._working = threading.Lock(), threading.Lock()
 
-    thread = threading.Thread(target=work, name="fiddler-other-lane", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    @contextmanager
+    def running(self, timed: Timed | None) -> Iterator[None]:
+        """Does that while the block runs; nothing if None."""
+        if timed is None:
+            yield
+            return
+        stop = threading.Event()
+
+        def work() -> None:
+            index = 0
+            while not stop.is_set():
+                with self._turn:  # whoever pauses waits here, for one call at most
+                    pass
+                with self._working:
+                    timed(index)
+                index += 1
+
+        thread = threading.Thread(target=work, name="fiddler-background", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is done while the block runs."""
+        with self._turn, self._working:
+            yield
 
 
 def settle(device: Device) -> None:

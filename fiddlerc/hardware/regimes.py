@@ -28,6 +28,11 @@ class Regimes:
         return "slow" if self.slow_share > 0 and gbps * gbps < self.fast_gbps * self.slow_gbps else "fast"
 
 
+def same_regime(a_gbps: float, b_gbps: float) -> bool:
+    """Whether two probes are nearer to each other than two regimes would be."""
+    return max(a_gbps, b_gbps) < LEAST_RATIO * min(a_gbps, b_gbps)
+
+
 def split_regimes(gbps: Sequence[float]) -> Regimes:
     """Two clusters of probes, if they are two: each a tenth of the time, apart by 15 % and by what they spread.
 

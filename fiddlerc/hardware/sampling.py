@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from ..ir import Quantity, Regime, Sample
+from .regimes import Regimes
 
 Timed = Callable[[int], float]
 """Does the i-th repetition and returns the microseconds that it took."""
@@ -16,22 +19,45 @@ STEADY = 0.85
 ATTEMPTS = 3
 
 
-@dataclass
-class Series:
-    """All times of one point, in microseconds."""
+@dataclass(frozen=True)
+class Point:
+    """What was timed once, see ir.Sample: `times` in microseconds.
 
-    times: list[float] = field(default_factory=list)
+    gbps  the memory's bandwidth meanwhile; None where it does not matter
+    """
 
-    @property
-    def median_us(self) -> float:
-        """The median."""
-        return float(np.median(self.times))
+    quantity: Quantity
+    shape: tuple[int, int]
+    tokens: int
+    bytes: int
+    threads: int
+    isa: str
+    times: Sequence[float]
+    gbps: float | None = None
 
-    @property
-    def spread_us(self) -> float:
-        """The 90th percentile less the 10th."""
-        low, high = np.percentile(self.times, [10, 90])
-        return float(high - low)
+
+def samples(points: Iterable[Point], regimes: Regimes) -> tuple[Sample, ...]:
+    """Points of the same thing in the same regime make one sample, in the order of the first ones."""
+    series: dict[tuple[Point, Regime], list[float]] = {}
+    for point in points:
+        regime: Regime = "fast" if point.gbps is None else regimes.of(point.gbps)
+        series.setdefault((replace(point, times=(), gbps=None), regime), []).extend(point.times)
+    return tuple(
+        Sample(
+            quantity=of.quantity,
+            hidden_size=of.shape[0],
+            intermediate_size=of.shape[1],
+            tokens=of.tokens,
+            bytes=of.bytes,
+            threads=of.threads,
+            isa=of.isa,
+            median_us=round(float(np.median(times)), 3),
+            spread_us=round(float(np.subtract(*np.percentile(times, [90, 10]))), 3),
+            repeats=len(times),
+            regime=regime,
+        )
+        for (of, regime), times in series.items()
+    )
 
 
 class Guard:

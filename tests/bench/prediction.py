@@ -30,12 +30,12 @@ from typing import Any
 
 import numpy as np
 
-from fiddler_runtime import arena
 from fiddler_runtime.machine import this_machine
 from fiddler_runtime.plan import Plan, read_plan
 from fiddlerc import hardware, simulate, trace
 from fiddlerc.execution.compare import OUR_TEXT, timed
 from fiddlerc.execution.loading import load_model, load_tokenizer, read_text
+from fiddlerc.hardware.lanes import memory_probe
 from fiddlerc.simulate.predict import plan_setting, predict_policy
 from fiddlerc.simulate.workload import BEAM_INPUT, BEAM_OUTPUT, heldout
 
@@ -152,7 +152,7 @@ def measure(
     if hw is not None and experts > this_machine().l3_bytes:
         limits = hardware.load_hardware(str(hw)).limits
         regimes = {"fast": limits.cpu_read_gbps, "slow": limits.cpu_read_slow_gbps}
-    probed = arena.allocate(128 << 20).fill_(1.0)
+    probed = memory_probe(this_machine())
     ids = load_tokenizer(arguments.model)(read_text(OUR_TEXT), return_tensors="pt")["input_ids"]
     model: Any = load_model(
         plan.path,

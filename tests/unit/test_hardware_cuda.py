@@ -39,7 +39,7 @@ def library(tmp_path: Path):
 @pytest.fixture(autouse=True)
 def little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"tokens": (1, 2, 4, 8), "copy_widths": (32, 64)}
-    effort = dataclasses.replace(calibrate.QUICK, seconds=0.05, memory_seconds=0.05, **sizes)
+    effort = dataclasses.replace(calibrate.QUICK, seconds=0.05, **sizes)
     monkeypatch.setattr(calibrate, "QUICK", effort)
     here = calibrate.this_machine("none")
     gpu = dataclasses.replace(here, l3_bytes=1 << 20, accelerator=Accelerator("cuda", "none, really", 1 << 30, "1.0"))
@@ -48,6 +48,7 @@ def little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "accelerator_peak_gflops", lambda *_: 1.0)
     monkeypatch.setattr(calibrate, "_GPU_CACHE", 1 << 20)
     monkeypatch.setattr(calibrate, "_COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(lanes, "_LEAST_PROBE_BYTES", 1 << 20)
     monkeypatch.setattr(lanes, "_ATTENTION_S", 1e-6)
     monkeypatch.setattr(calibrate, "_TORCH_SPINS_S", 0)
 
@@ -59,7 +60,8 @@ def measure(library):
 
 
 def test_every_quantity_of_a_gpu_is_measured(cuda: FakeCuda, library) -> None:
-    count = Counter(sample.quantity for sample in measure(library).samples)
+    points = {(sample.quantity, sample.tokens, sample.bytes) for sample in measure(library).samples}
+    count = Counter(quantity for quantity, *_ in points)
     assert count["cpu_expert"] == count["gpu_expert"] == 4
     assert count["cpu_expert_while_copying"] == 3
     assert count["host_to_device"] == count["host_to_device_pageable"] == count["device_to_host"] >= 4

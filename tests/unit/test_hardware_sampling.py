@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from fiddlerc.hardware.sampling import ATTEMPTS, Guard, Series, repeat, sizes_within
+from fiddlerc.hardware.lanes import Background
+from fiddlerc.hardware.regimes import Regimes
+from fiddlerc.hardware.sampling import ATTEMPTS, Guard, Point, repeat, samples, sizes_within
 
 
 class Clock:
@@ -26,9 +29,46 @@ class Clock:
         return call
 
 
-def test_median_and_spread() -> None:
-    series = Series([float(n) for n in range(1, 12)])
-    assert (series.median_us, series.spread_us) == (6.0, 8.0)
+ONE = Regimes(80.0)
+
+
+def point(times: list[float], gbps: float | None = None, tokens: int = 1) -> Point:
+    return Point("cpu_expert", (8, 16), tokens, 768, 2, "avx2", times, gbps)
+
+
+def test_points_of_the_same_thing_are_one_sample() -> None:
+    one, other = samples(
+        [point([1.0, 2, 3, 4, 5, 6]), point([9.0], tokens=2), point([7.0, 8, 9, 10, 11])], Regimes(1.0)
+    )
+    assert (one.median_us, one.spread_us, one.repeats, one.regime) == (6.0, 8.0, 11, "fast")
+    assert (other.tokens, other.median_us, other.repeats) == (2, 9.0, 1)
+
+
+def test_points_are_of_the_regime_that_memory_was_in() -> None:
+    two = Regimes(80.0, 40.0, 0.5)
+    found = samples([point([1.0], 81.0), point([2.0], 42.0), point([3.0], 75.0), point([4.0])], two)
+    assert [(sample.regime, sample.median_us) for sample in found] == [("fast", 3.0), ("slow", 2.0)]
+
+
+def test_what_runs_beside_pauses() -> None:
+    counted: list[int] = []
+    background = Background()
+
+    def call(index: int) -> float:
+        counted.append(index)
+        time.sleep(1e-4)
+        return 0.0
+
+    with background.running(call):
+        for _ in range(20):
+            before = len(counted)
+            with background.paused():
+                still = len(counted)
+                time.sleep(2e-3)
+                assert len(counted) == still
+            while len(counted) == before:
+                time.sleep(1e-4)
+    assert counted == list(range(len(counted)))
 
 
 def test_as_many_repetitions_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
