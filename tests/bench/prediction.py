@@ -13,7 +13,8 @@ Decode and beam count the steps after the first token, prefill the time to it; m
 after a warm-up, with the lowest and highest round. A prediction is of a memory bandwidth, and shared machines' changes.
 If the experts are larger than the caches and the calibration is known, memory is probed before and after each round: a
 round is held against the prediction of the regime whose bandwidth (within a tenth) it had, and left out if it had
-neither or memory changed meanwhile. Otherwise all count as of the regime seen more.
+neither or memory changed meanwhile. Otherwise all count as of the regime seen more. A ratio of fewer rounds than asked
+for is printed and does not count in the median.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def main() -> None:
                     f"{truth.ratio:11.3f}",
                     flush=True,
                 )
-    ratios = {of: [truth.ratio for truth in results if truth.scenario == of] for of in ("decode", "prefill", "beam")}
+    believed = [truth for truth in results if truth.rounds >= arguments.rounds]
+    ratios = {of: [truth.ratio for truth in believed if truth.scenario == of] for of in ("decode", "prefill", "beam")}
     medians = {scenario: statistics.median(found) for scenario, found in ratios.items() if found}
     if arguments.json:
         value = {"model": str(arguments.model), "device": arguments.device, "machine": dataclasses.asdict(machine)}
@@ -186,7 +188,7 @@ def measure(
                 rate = prompt / timing.ttft_s if scenario == "prefill" else timing.decode_tokens_per_s
                 if turn and before is not None and before == regime():  # the first is the warm-up
                     rates.setdefault((scenario, before), []).append(rate)
-            if rates and min(map(len, rates.values())) >= arguments.rounds:
+            if len({scenario for (scenario, _), found in rates.items() if len(found) >= arguments.rounds}) == 3:
                 break
     finally:
         model.fiddler.close()
