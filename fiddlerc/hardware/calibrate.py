@@ -147,10 +147,12 @@ def measure(
                     timed = partial(gpu.meanwhile, cpu.timed) if each else cpu.timed
                     tokens = session.experts("cpu_expert", shape, timed, threads, kernels.isa, where)
                     _contention(session, device, shape, cpu.timed, cache, tokens, kernels)
-                session.kernels = None
+                if not shared:  # an accelerator's own memory has one bandwidth
+                    session.kernels = None
                 with session.beside.running(cpu.timed(1) if shared else None):
                     once = cpu.timed if each else None
                     session.experts("gpu_expert", shape, partial(gpu.timed, meanwhile=once), 1, "torch", where)
+                session.kernels = None
                 if library is first:
                     _overheads(session, device, shape, kernels)
                 # The simulated copy engine is one thread more on those cores.

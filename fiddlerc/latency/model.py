@@ -125,10 +125,12 @@ def _from_samples(calibration: Calibration, spec: ModelSpec) -> LatencyModel:
     cpu_us = np.stack([fast, *(np.maximum(fast, curve.us) for regime, curve in by_regime.items() if regime == "slow")])
     slow = limits.cpu_slow_share if len(by_regime) > 1 else 0.0
     shares = np.array([1.0 - slow, slow]) if slow else np.ones(1)
-    curves = [by_regime["slow" if slow > 0.5 else "fast"]]
+    prevailing: Regime = "slow" if slow > 0.5 else "fast"
+    curves = [by_regime[prevailing]]
     stream, gamma = NEVER_US, 0.0
     if calibration.machine.accelerator.kind != "none":
-        curves.append(_expert_curve(calibration, shape, tokens, "gpu_expert", "fast"))
+        # A simulated accelerator's also depends on the host's memory.
+        curves.append(_expert_curve(calibration, shape, tokens, "gpu_expert", prevailing))
         copy = _copy_curve(calibration, packed_bytes(spec.hidden_size, spec.intermediate_size))
         curves.append(copy)
         stream, gamma = float(copy.us[0]), _contention(calibration, spec)

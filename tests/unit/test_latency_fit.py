@@ -236,6 +236,17 @@ def test_a_shape_that_never_was_in_the_slow_regime_has_one_curve() -> None:
     assert relative(model.cpu_us[0], expected(cpu_law, SHAPE, model.tokens)).max() < 0.06
 
 
+def test_a_simulated_accelerator_is_described_in_the_regime_seen_more() -> None:
+    def slow_law(hidden: int, intermediate: int, tokens: int) -> float:
+        return 2 * gpu_law(hidden, intermediate, tokens)
+
+    slow = tuple(replace(s, regime="slow") for s in calibration(cpu=lambda *of: 2 * cpu_law(*of), gpu=slow_law).samples)
+    for share, law in ((0.7, slow_law), (0.3, gpu_law)):
+        limits = replace(LIMITS, cpu_read_slow_gbps=20.0, cpu_slow_share=share)
+        model = latency.fit(replace(calibration(), limits=limits, samples=calibration().samples + slow), spec())
+        assert relative(model.gpu_us, expected(law, SHAPE, model.tokens)).max() < 0.06
+
+
 def rest_steps(law: Callable[[int, int], float], **model: int) -> tuple[StepSample, ...]:
     points = [(1, 1, 28), (1, 1, 140), (1, 1, 524), (4, 4, 76), *((n, 1, 0) for n in (16, 32, 64, 128, 256, 512))]
     fields = {"num_layers": 1, "non_expert_bytes": 1, "kv_bytes_per_token": 1} | model
