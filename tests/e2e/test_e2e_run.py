@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Traced, calibrated for this machine, and compiled: what `make demo` does, quicker."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "QUICK", dataclasses.replace(calibrate.QUICK, seconds=0.3, memory_seconds=0.3))
+        patch.setattr(calibrate, "QUICK", dataclasses.replace(calibrate.QUICK, seconds=0.3))
         yield make_plan(tmp_path_factory.mktemp("demo"))
 
 
