@@ -88,7 +88,6 @@ Quantity = Literal[
     "device_to_host",
     "cpu_expert_while_copying",
     "launch",
-    "captured_entry",
 ]
 COPIES: tuple[Quantity, ...] = ("host_to_device", "host_to_device_pageable", "device_to_host", "launch")
 """Quantities of so many bytes, and of no expert's shape."""

@@ -125,7 +125,10 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: FakeDriver) -> FakeCuda:
 
     @contextmanager
     def graph(target: Graph, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
+        """As torch's (2.13): a capture that fails leaves its stream the current one."""
         assert capture_error_mode == "thread_local"
+        before = current_stream()
+        current.stream = Stream()
         if cuda.refuse_capture is not None:
             raise RuntimeError(cuda.refuse_capture)
         target.operations = recording._thread.operations = []
@@ -133,6 +136,7 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: FakeDriver) -> FakeCuda:
         try:
             with recording._Recorder():
                 yield
+            current.stream = before
         finally:
             cuda.capturing = False
             recording._thread.operations = None

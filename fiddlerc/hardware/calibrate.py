@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Literal, cast
 
 import torch
 
-from fiddler_runtime.errors import FiddlerError, FiddlerWarning
+from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary, Kernels
 from fiddler_runtime.lanes.device import Device, open_device
 from fiddler_runtime.machine import Machine, cpu_lane_threads, this_machine
@@ -29,7 +28,6 @@ from .lanes import (
     accelerator_peak_gflops,
     accelerator_read_gbps,
     after_attention,
-    captured_entries,
     launches,
     memory_probe,
     queue_entry,
@@ -154,7 +152,7 @@ def measure(
                     session.experts("gpu_expert", shape, partial(gpu.timed, meanwhile=once), 1, "torch", where)
                 session.kernels = None
                 if library is first:
-                    _overheads(session, device, shape, kernels)
+                    _launch(session, device)
                 # The simulated copy engine is one thread more on those cores.
                 with (
                     session.beside.running(cpu.timed(_BUSY_TOKENS) if busy else None),
@@ -387,20 +385,10 @@ def _copies(session: _Session, device: Device, shape: Shape, rotated: int, copie
     session.step("copies")
 
 
-def _overheads(session: _Session, device: Device, shape: Shape, kernels: Kernels) -> None:
-    """What is paid for an operation given to the accelerator, and for a captured layer's entering the CPU lane."""
-
-    def times(timed: Timed) -> list[float]:
-        return session.guarded(partial(repeat, timed, seconds=0.2, least=20, most=500, warm_up=5))
-
-    session.taken.append(Point("launch", (0, 0), 0, 4, 1, "", times(launches(device))))
-    try:
-        with captured_entries(device, kernels) as entry:
-            session.taken.append(
-                Point("captured_entry", shape, 1, 2 * shape[0], kernels.threads, kernels.isa, times(entry))
-            )
-    except FiddlerError as error:
-        warnings.warn(f"captured steps are not measured: {error}", FiddlerWarning, stacklevel=3)
+def _launch(session: _Session, device: Device) -> None:
+    """What is paid for an operation given to the accelerator."""
+    times = session.guarded(partial(repeat, launches(device), seconds=0.2, least=20, most=500, warm_up=5))
+    session.taken.append(Point("launch", (0, 0), 0, 4, 1, "", times))
 
 
 def rotated_bytes(machine: Machine) -> int:

@@ -11,15 +11,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from fiddler_runtime import arena
-from fiddler_runtime.captured.layers import CapturedLayers
-from fiddler_runtime.dispatch import Dispatcher
 from fiddler_runtime.errors import FiddlerWarning
 from fiddler_runtime.kernels import Kernels, make_pointers
 from fiddler_runtime.lanes.device import Device, UnpackedExpert
@@ -28,8 +25,7 @@ from fiddler_runtime.lanes.resident_kernels import ExpertKernels
 from fiddler_runtime.lanes.routing import Share, route
 from fiddler_runtime.machine import Machine
 from fiddler_runtime.makespan import CPU, RESIDENT
-from fiddler_runtime.plan import ExpertForm, Tables
-from fiddler_runtime.store import ExpertStore
+from fiddler_runtime.plan import ExpertForm
 
 from .sampling import Timed
 
@@ -40,7 +36,6 @@ _TOGETHER = 4  # experts of a layer, where one of so many bytes at most is littl
 _SMALL_BYTES = 16 << 20
 _LEAST_PROBE_BYTES = 256 << 20
 _LAUNCHES = 100
-_CAPTURED_LAYERS = 32
 
 
 def random_weights(nbytes: int) -> torch.Tensor:
@@ -305,51 +300,6 @@ def launches(device: Device) -> Timed:
         return (time.perf_counter_ns() - started) / 1e3 / _LAUNCHES
 
     return lambda index: device.join(device.submit(run, index))
-
-
-@contextmanager
-def captured_entries(device: Device, kernels: Kernels) -> Iterator[Timed]:
-    """What a layer of a captured step pays for entering the CPU lane, in a step of nothing but such layers.
-
-    One token, which chose no expert, goes to the mailbox; there is a decision; an empty result comes back.
-    """
-    hidden_size = kernels.library.spec.hidden_size
-    rows, grid = range(_CAPTURED_LAYERS), np.arange(4, dtype=np.int32)
-    none = np.zeros((_CAPTURED_LAYERS, 1))
-    us = grid.astype(np.float32)
-    tables = Tables(
-        tokens=grid,
-        cpu_us=us[None],
-        regime_shares=np.ones(1, np.float32),
-        gpu_us=us,
-        rest_us=us,
-        rest_kv_us=np.zeros(1, np.float32),
-        scalars_us=np.ones(3, np.float32),
-        contention=np.zeros(1, np.float32),
-        decode_streams=np.zeros(2, np.int32),
-        prefetch=np.full((_CAPTURED_LAYERS, 1, 2), -1, np.int16),
-        resident=none.astype(np.uint8),
-        popularity=none.astype(np.float32),
-    )
-    nothing: tuple[dict[int, Any], ...] = tuple({} for _ in rows)
-    store = ExpertStore(nothing, nothing, tuple(make_pointers([None]) for _ in rows), [])
-    decided = Dispatcher(kernels.library, tables, 1, allow=("resident", "cpu"))
-    layers = CapturedLayers(hidden_size, 1, device, store, kernels, decided)
-    try:
-        where = device.torch_device
-        hidden = torch.zeros(1, hidden_size, dtype=_BF16, device=where)
-        ids = torch.full((1, 1), -1, dtype=torch.int64, device=where)
-        weights = torch.ones(1, 1, device=where)
-        captured = layers.capture(1, lambda: [layers.moe(row, hidden, ids, weights) for row in rows])
-
-        def call(_: int) -> float:
-            started = time.perf_counter_ns()
-            layers.replay(captured)
-            return (time.perf_counter_ns() - started) / 1e3 / _CAPTURED_LAYERS
-
-        yield call
-    finally:
-        layers.close()
 
 
 def after_attention(

@@ -84,7 +84,9 @@ def _from_limits(calibration: Calibration, spec: ModelSpec, tokens: npt.NDArray[
     compute = spec.non_expert_bytes * tokens.astype(np.float64) / ceiling.flops_per_us
     computing = np.maximum(read, compute)
     if on_gpu:
-        launches = roofline.GPU_LAYER_LAUNCH_US * spec.num_layers
+        measured = [sample.median_us for sample in calibration.samples if sample.quantity == "launch"]
+        launch_us = measured[0] if measured else roofline.GPU_OPERATION_US
+        launches = roofline.GPU_LAYER_OPERATIONS * launch_us * spec.num_layers
         us, formula = np.maximum(launches, computing), f"max({launches:g} us, bytes / bandwidth, operations / peak)"
     else:
         launches = roofline.CPU_LAYER_US * spec.num_layers

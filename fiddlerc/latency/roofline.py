@@ -20,10 +20,11 @@ BANDWIDTH_EFFICIENCY = 0.8
 PEAK_EFFICIENCY = 0.6
 # An expert on the GPU is seven small kernels (gather, GEMM, SiLU, product, GEMM, weighting, scatter); launching one
 # from torch takes about 5 us, whatever little there is to compute.
-GPU_LAUNCH_US = 7 * 5.0
+GPU_OPERATION_US = 5.0
+GPU_LAUNCH_US = 7 * GPU_OPERATION_US
 # A decoder layer without its experts is some twenty kernels (norms, projections, rotary embedding, attention, router);
 # a step cannot be shorter than launching them one by one, as transformers does.
-GPU_LAYER_LAUNCH_US = 20 * 5.0
+GPU_LAYER_OPERATIONS = 20
 # Where torch runs it on the CPU, Python and torch's dispatcher come on top of the computing. The demo model, which has
 # next to nothing to compute (hidden size 128), takes 0.6 ms a layer on a Zen 4 core and 0.3 ms on a Zen 5 core.
 CPU_LAYER_US = 450.0

@@ -233,12 +233,13 @@ class Engine:
 
     def _give_up(self, place: Place) -> None:
         """From now on that expert runs where the others do that are not resident."""
-        self._store.give_up(place, self._kernels, self._device)
-        self._dispatcher.move_out(*place)
-        self._tables.resident[place] = 0
         if self._captured is not None:  # its steps compute with the expert's memory
             self._captured.close()
             self._captured = None
+        self._store.give_up(place, self._kernels, self._device)
+        self._lanes.give_back(place[0])
+        self._dispatcher.move_out(*place)
+        self._tables.resident[place] = 0
         self._description = self._describe()
 
     def _run(self, row: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
@@ -266,7 +267,7 @@ class Engine:
         if calls[RESIDENT] or calls[STREAMED] or calls[SPLIT]:
             split = (int(decided.split[0]), int(decided.split[1])) if calls[SPLIT] else None
             routing = route(ids, weights, decided.counts, strategy, device.send, split=split, lent=lent)
-            given = hidden.to(device=device.torch_device, dtype=torch.bfloat16)
+            given = hidden.to(device=device.torch_device, dtype=torch.bfloat16).contiguous()
             future = self._lanes.submit(row, given, routing, ahead)
         elif ahead is not None:
             self._lanes.prefetch(*ahead)
@@ -400,9 +401,9 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+            self._device.close()  # first: what follows gives memory back that its copies may still read
             if self._captured is not None:
                 self._captured.close()
-            self._device.close()
             self._store.close()
             self._kernels.close()
             del self._lanes, self._dispatcher, self._store

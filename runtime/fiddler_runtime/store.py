@@ -51,7 +51,7 @@ class ExpertStore:
         return mask
 
     def give_up(self, place: Place, kernels: Kernels, device: Device) -> None:
-        """Moves a resident expert to host memory, and its memory on the accelerator back to where it came from."""
+        """Moves a resident expert to host memory. Its memory on the accelerator is the lanes' to give back."""
         row, expert = place
         # Not of the lane's memory: that is what there is too little of.
         here = self.resident[row][expert].to(torch.device("cpu"))
@@ -61,7 +61,6 @@ class ExpertStore:
         self.packed[row][expert] = packed
         self.pointers[row][expert] = packed.data_ptr()
         self.pins.append(device.pin(packed))
-        device.release()
 
     def close(self) -> None:
         """Gives pinned memory back to the system's paging; the tensors are freed with the store."""

@@ -69,7 +69,7 @@ def test_a_calibration_has_every_quantity_and_makes_a_latency_model(library: Ker
     assert count["cpu_expert"] == count["gpu_expert"] == 6
     assert count["cpu_expert_while_copying"] == 3
     assert count["host_to_device"] == count["device_to_host"] >= 4
-    assert count["launch"] == count["captured_entry"] == 1
+    assert count["launch"] == 1
     assert count["host_to_device_pageable"] == 0, "only a GPU's copies need memory that is locked"
     cpu = [sample for sample in calibration.samples if sample.quantity == "cpu_expert"]
     assert {sample.isa for sample in cpu} == {library.open().isa}

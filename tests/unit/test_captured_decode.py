@@ -158,7 +158,7 @@ def test_what_is_not_captured_runs_and_says_why(models, prompt: torch.Tensor, op
 def test_after_a_step_that_was_given_up_texts_take_the_plain_path(plan, models, prompt: torch.Tensor, tmp_path: Path):
     fake = FakeDriver(tmp_path)
     model = hf.load(MODEL, plan, strategies=("resident", "cpu"), capture=True)
-    enter_through(model.fiddler, fake, "flags", stall_ms=100)
+    enter_through(model.fiddler, fake, "flags", stall_ms=1500)
     fake.native.fake_deaf(1)
     with pytest.raises(FiddlerError, match="made no progress and was given up"):
         generate(model, prompt)

@@ -131,7 +131,8 @@ def test_a_replayed_step_computes_what_the_plain_path_computes(
 
 @pytest.mark.parametrize("name", ["driver flags", "driver functions"])
 def test_a_step_that_is_stuck_is_given_up_and_the_plain_path_goes_on(engine: Engine, fake: FakeDriver, name: str):
-    enter(engine, entry_named(name, fake), stall_ms=100)
+    # A machine with other work may let a step that is not stuck wait for some tenths of a second.
+    enter(engine, entry_named(name, fake), stall_ms=1500)
     step = Step(engine, 1)
     step.fill(0)
     expected = step()

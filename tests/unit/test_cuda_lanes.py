@@ -15,7 +15,8 @@ from fake_driver import CALLS, WAITS, WRITES, FakeDriver
 
 from fiddler_runtime import Engine, ExpertWeights, FiddlerWarning
 from fiddler_runtime.captured.entry import StreamFlags
-from fiddler_runtime.lanes.device import CannotCapture, open_device
+from fiddler_runtime.lanes.device import CannotCapture, Device, open_device
+from fiddler_runtime.lanes.driver import Driver
 
 SPEC = runtime_samples.small_spec()
 LAYER = SPEC.moe_layers[0]
@@ -84,10 +85,10 @@ def test_a_result_is_not_overwritten_by_the_next_layer(plan, cuda: FakeCuda):
 def test_the_queue_waits_for_the_caller_and_the_caller_for_the_queue(plan, cuda: FakeCuda):
     with open_engine(plan, strategies=("resident", "streamed")) as engine:
         compute, copies = cuda.streams[0].number, cuda.streams[1].number
-        cuda.log.clear()
+        at = len(cuda.log)
         engine.moe(LAYER, *routing(130))
-        log = list(cuda.log)
-    recorded = {entry[1]: entry[2] for entry in log if entry[0] == "record"}
+        log = cuda.log[at:]
+        recorded = {entry[1]: entry[2] for entry in cuda.log if entry[0] == "record"}
     caller = next(entry[1] for entry in log if entry[0] == "follow")
     before = next(i for i, entry in enumerate(log) if entry[0] == "wait" and entry[1] == compute)
     assert recorded[log[before][2]] == caller, "the compute stream starts after what the caller's stream was given"
@@ -95,7 +96,7 @@ def test_the_queue_waits_for_the_caller_and_the_caller_for_the_queue(plan, cuda:
     arrivals = [entry for entry in log if entry[0] == "wait" and entry[1] == compute and recorded[entry[2]] == copies]
     reuses = [entry for entry in log if entry[0] == "wait" and entry[1] == copies]
     assert len(arrivals) >= 3, "each streamed expert is waited for"
-    assert len(reuses) == len(arrivals) - 2, "and a slot is overwritten only after it was computed with"
+    assert len(reuses) == len(arrivals), "a slot is written only after what used its memory, and after each computation"
     assert all(recorded[entry[2]] == compute for entry in reuses)
     assert not [entry for entry in log if entry[0] == "synchronize"], "nothing waits for a whole stream"
 
@@ -108,6 +109,45 @@ def test_routing_comes_first_and_few_tokens_with_it(plan, cuda: FakeCuda):
             engine.moe(LAYER, *routing(tokens))
             kinds = [entry[0] for entry in cuda.log]
             assert kinds.index("arrived") == (3 if early else 2), "copies are recorded before the first is waited for"
+
+
+def open_cuda() -> Device:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FiddlerWarning)
+        return open_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (ValueError("wrong"), ValueError),
+        # cuBLAS's memory is not torch's, and what it lacks comes as another error.
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), torch.OutOfMemoryError),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError),
+    ],
+)
+def test_the_caller_waits_for_the_queue_after_an_error_too(cuda: FakeCuda, raised: Exception, seen: type[Exception]):
+    """What was launched before it still reads the caller's tensors."""
+
+    def work() -> None:
+        raise raised
+
+    with open_cuda() as device:
+        compute = cuda.streams[0].number
+        future = device.submit(work)
+        with pytest.raises(seen) as caught:
+            device.join(future)
+        assert caught.type is seen
+        assert cuda.log[-1] == ("follow", torch.cuda.current_stream().number, compute)
+
+
+def test_closing_waits_for_copies_before_their_memory_is_given_back(plan, cuda: FakeCuda, monkeypatch):
+    undo = Driver.unregister
+    monkeypatch.setattr(Driver, "unregister", lambda self, at: (cuda.log.append(("unregister",)), undo(self, at)))
+    with open_engine(plan, strategies=("streamed",)) as engine:
+        engine.moe(LAYER, *routing(3))
+        assert ("unregister",) not in cuda.log
+    assert cuda.log.index(("synchronize", cuda.streams[1].number)) < cuda.log.index(("unregister",))
 
 
 @pytest.mark.parametrize("way", ["flags", "functions"])
@@ -154,15 +194,14 @@ def test_a_gpu_that_does_not_see_flags_gets_host_functions(plan, cuda: FakeCuda)
 
 
 def test_what_torch_refuses_to_capture_is_told(cuda: FakeCuda):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FiddlerWarning)
-        device = open_device("cuda")
+    device, before = open_cuda(), torch.cuda.current_stream()
     cuda.refuse_capture = "CUDA error: operation would make the legacy stream depend on a capturing stream\nmore"
     with (
         device,
         pytest.raises(CannotCapture, match="cannot be captured: found CUDA error: operation would make the legacy"),
     ):
         device.capture(lambda: 1)
+    assert torch.cuda.current_stream() is before, "what follows goes where it went before"
 
 
 def test_residents_are_given_up_for_what_the_model_needs(plan, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):

@@ -18,6 +18,7 @@ from fiddler_runtime.drift import LEAST_LAYERS, WARM_UP, Drift
 from fiddler_runtime.engine import Engine
 from fiddler_runtime.errors import FiddlerWarning
 from fiddler_runtime.kernels import empty_packed
+from fiddler_runtime.lanes.accelerator import AcceleratorLanes
 from fiddler_runtime.lanes.expert import unpack_expert
 from fiddler_runtime.lanes.streamed import copy_first_rows
 from fiddler_runtime.plan import ExpertForm, Feature, ModelSpec, Plan
@@ -123,7 +124,13 @@ def test_a_plan_without_the_cpu_lane_splits_nothing(tmp_path: Path, experts) -> 
         assert engine.counters()["expert_calls"]["split"] == 0
 
 
-def test_prefetched_experts_change_nothing_but_the_lane(tmp_path: Path, experts) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("lost", [False, True])
+def test_prefetched_experts_change_nothing_but_the_lane(  # type: ignore[no-untyped-def]
+    tmp_path: Path, experts, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lost: fetching fails, which nobody waits for, and the expert is copied when it is wanted."""
+    if lost:
+        monkeypatch.setattr(AcceleratorLanes, "_fetch", lambda *_: None)
     shape = (len(SPEC.moe_layers), SPEC.num_experts)
     table = np.full((*shape, 2), -1, np.int16)
     resident = every_third(SPEC)

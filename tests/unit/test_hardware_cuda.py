@@ -65,7 +65,7 @@ def test_every_quantity_of_a_gpu_is_measured(cuda: FakeCuda, library) -> None:
     assert count["cpu_expert"] == count["gpu_expert"] == 4
     assert count["cpu_expert_while_copying"] == 3
     assert count["host_to_device"] == count["host_to_device_pageable"] == count["device_to_host"] >= 4
-    assert count["launch"] == count["captured_entry"] == 1
+    assert count["launch"] == 1
 
 
 def test_copies_whose_memory_may_not_be_locked_are_measured_and_it_is_said(cuda: FakeCuda, library) -> None:
@@ -74,12 +74,10 @@ def test_copies_whose_memory_may_not_be_locked_are_measured_and_it_is_said(cuda:
         measure(library)
 
 
-def test_times_are_of_one_launch_and_one_layer(cuda: FakeCuda, library) -> None:
+def test_times_are_of_one_launch(cuda: FakeCuda, library) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FiddlerWarning)
         device = calibrate.open_device("cuda")
-    with device, library.open(threads=1) as kernels:
+    with device:
         assert 0 < lanes.launches(device)(0) < 1e4
-        with lanes.captured_entries(device, kernels) as entry:
-            assert 0 < entry(0) < 1e5
         assert torch.get_num_threads() > 0

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import FiddlerError, FiddlerWarning
+from ..lanes.device import captured_into
 from ..lanes.driver import Driver
 from .entry import Entry, HostFunction, StreamFlags
 from .native import Mailbox
@@ -77,7 +78,7 @@ def probe(entry: StreamFlags, device: torch.device) -> str | None:
     try:
         entry.prepare(mailbox)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with captured_into(graph, device):
             entry.ask(0)
             entry.answer(0)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -62,8 +62,10 @@ class CapturedForward:
             return self._forward(**kwargs)
         try:
             with self._engine.captured() as layers:
+                # Steps of before residents were given up: no longer right, and memory that is wanted.
+                self._captured = {key: step for key, step in self._captured.items() if step.layers is layers}
                 step = self._captured.pop(call.key, None)
-                if step is None or step.layers is not layers:
+                if step is None:
                     return _copied(self._capture(layers, call), call.cache)
                 return _copied(self._replay(step, call), call.cache)
         except CannotCapture as error:
@@ -98,7 +100,8 @@ class CapturedForward:
         inputs = [tensor.clone() for tensor in call.tensors]
         forward = functools.partial(self._forward, **call.with_tensors(inputs))
         before = _CacheState(call.cache)
-        saved = before.saved()
+        # A GPU carries nothing out while it captures, and may have no room for the cache a second time.
+        saved = before.saved() if self._engine.device.type == "cpu" else None
         try:
             captured = layers.capture(inputs[call.ids_at].shape[0], forward)
         except CannotCapture:
@@ -229,9 +232,9 @@ class _CacheState:
         """Copies of all tensors."""
         return [tensor.clone() for _, _, tensor in self._tensors()]
 
-    def restore(self, saved: list[torch.Tensor]) -> None:
-        """Sets the layers back to this state, and its tensors to their copies."""
-        for (_, _, tensor), copy in zip(self._tensors(), saved, strict=True):
+    def restore(self, saved: list[torch.Tensor] | None) -> None:
+        """Sets the layers back to this state, and its tensors to their copies, if they were changed."""
+        for (_, _, tensor), copy in zip(self._tensors(), saved, strict=True) if saved is not None else ():
             tensor.copy_(copy)
         for layer, state in zip(self._layers, self._states, strict=True):
             vars(layer).clear()

@@ -85,7 +85,8 @@ class CapturedLayers:
         if self._asked == len(self._store.packed):
             raise CannotCapture("more MoE layers in a step than the model has", found=f"another after {self._asked}")
         self._asked += 1
-        there, scale = hidden.to(device=device, dtype=torch.bfloat16), weights.to(device=device, dtype=torch.float32)
+        there = hidden.to(device=device, dtype=torch.bfloat16).contiguous()
+        scale = weights.to(device=device, dtype=torch.float32)
         box.hidden[:tokens].copy_(there, non_blocking=True)
         box.ids[:tokens].copy_(ids, non_blocking=True)
         box.weights[:tokens].copy_(scale, non_blocking=True)
@@ -112,7 +113,10 @@ class CapturedLayers:
                 self._within = None
 
         if self._resident is not None and self._device.kind == "cuda":
-            self._resident.prepare_masked(tokens, self._top_k)
+            try:
+                self._resident.prepare_masked(tokens, self._top_k)
+            except torch.OutOfMemoryError as error:
+                raise CannotCapture("there is no memory to capture in", found=str(error).splitlines()[0]) from error
         with self._running(tokens):
             graph, launched = self._device.capture(work)
             self._wait(launched)

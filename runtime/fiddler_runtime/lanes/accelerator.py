@@ -45,10 +45,12 @@ class AcceleratorLanes:
         """(out fp32 [T, H] on the device, time.perf_counter_ns() when the compute queue's thread was done)."""
         return self._device.join(future)
 
+    def give_back(self, row: int) -> None:
+        """Gives the accelerator the memory of experts that were taken out of the store's residents of that layer."""
+        self._device.join(self._device.submit(self._kernels.give_back, self._resident[row]))
+        self._device.release()
+
     def _run(self, row: int, hidden: torch.Tensor, routing: Routing, ahead: tuple[int, int] | None) -> Result:
-        if self._kernels.choice.stacks:
-            for held in self._resident:
-                self._kernels.give_back(held)
         out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         packed, streamed = self._store.packed[row], self._streamed
         if streamed is None:
@@ -58,7 +60,7 @@ class AcceleratorLanes:
         arrivals = streamed.start(routing, packed)
         self._run_resident(row, hidden, routing, out)
         if routing.lent is not None:
-            streamed.use_prefetched(hidden, routing, routing.lent, out)
+            streamed.use_prefetched(hidden, routing, routing.lent, packed, out)
         streamed.finish(hidden, routing, packed, arrivals, out)
         done = time.perf_counter_ns()
         if ahead is not None:

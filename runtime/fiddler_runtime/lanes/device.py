@@ -10,8 +10,9 @@ import concurrent.futures
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -267,12 +268,20 @@ class CudaDevice(Device):
     def _launch(self, before: torch.cuda.Event, fn: Callable[..., R], args: tuple[Any, ...]) -> R:
         self._compute.wait_event(before)
         with torch.cuda.stream(self._compute):
-            return _without_grad(fn, args)
+            try:
+                return _without_grad(fn, args)
+            except RuntimeError as error:
+                if "ALLOC_FAILED" in str(error):  # cuBLAS, whose own memory torch does not count
+                    raise torch.OutOfMemoryError(str(error)) from error
+                raise
 
     def join(self, future: Future[R]) -> R:
-        result = future.result()
-        torch.cuda.current_stream(self.torch_device).wait_stream(self._compute)
-        return result
+        try:
+            return future.result()
+        finally:
+            # After an error too: what was launched before it still reads the caller's tensors, whose memory the
+            # caller's stream may be given again as soon as they are let go.
+            torch.cuda.current_stream(self.torch_device).wait_stream(self._compute)
 
     def on_copy_engine(self, fn: Callable[..., None], *args: Any, after: Ticket = None) -> Ticket:
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -350,6 +359,10 @@ class CudaDevice(Device):
 
     def close(self) -> None:
         self._launcher.close()
+        # Whoever closes it gives back next what copies may still read: an expert that was fetched ahead in vain. It
+        # needs a context of CUDA's in its thread for that, too, which the driver's functions alone would not make.
+        self._copies.synchronize()
+        self._compute.synchronize()
 
 
 class NoDevice(Device):
@@ -425,8 +438,7 @@ class _CudaGraph(Graph[R]):
         self._device = device
         self._graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: the other threads of the engine may use the device meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"), torch.inference_mode():
+            with captured_into(self._graph, device), torch.inference_mode():
                 self.result = fn()
         except RuntimeError as error:  # torch's, for everything that the driver forbids in a capture
             raise CannotCapture("this cannot be captured", found=str(error).splitlines()[0]) from error
@@ -436,6 +448,18 @@ class _CudaGraph(Graph[R]):
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(self._device))
         return _AfterEvent(done)
+
+
+@contextmanager
+def captured_into(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """What the thread gives its current stream within becomes the graph. Raises RuntimeError for what cannot."""
+    # The outer context puts the stream back: torch.cuda.graph (2.13) leaves its own where the capture failed.
+    # thread_local: the other threads of the engine may use the device meanwhile.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+    ):
+        yield
 
 
 class _AfterEvent(Launched):

@@ -26,6 +26,7 @@ from .expert import (
 )
 from .resident_masked import run_resident_masked
 from .routing import Share
+from .transfers import send_numbers
 
 Layout = Literal["matrix", "packed"]
 Expert = UnpackedExpert | PackedExpert
@@ -103,7 +104,7 @@ def _grouped(
     scale = torch.cat([weights[part] for part in parts])
     if not tokens.numel():
         return
-    sizes = torch.tensor(counts, device=hidden.device)
+    sizes = send_numbers(counts, hidden.device)
     ends = sizes.cumsum(0).to(torch.int32)
 
     def product(left: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -304,7 +305,7 @@ class ExpertKernels:
         key = (tokens, cut.tokens, *experts)
         if key not in held._tables:
             work = [(held.packed(e), place * tokens, (place + 1) * tokens) for place, e in enumerate(experts)]
-            numbers = torch.tensor(experts, device=hidden.device)
+            numbers = send_numbers(experts, hidden.device)
             held._tables[key] = kernels.table(work, cut, hidden.device), numbers
         table, numbers = held._tables[key]
         chosen = ids == numbers[:, None, None]  # [experts, T, k]

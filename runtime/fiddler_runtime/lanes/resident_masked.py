@@ -27,6 +27,5 @@ def run_resident_masked(
         chosen = ids == expert
         weight = (weights * chosen).sum(-1, keepdim=True)
         share = expert_result(hidden, experts[expert]) * weight
-        # Not by its weight of 0 alone: 0 times an infinity of another token's result would be no number. And not by
-        # torch.where: it copies a number from the host to the device, which a capture forbids.
+        # Not by its weight of 0 alone: 0 times an infinity of another token's result would be no number.
         out.add_(share.masked_fill_(chosen.any(-1, keepdim=True).logical_not(), 0.0))

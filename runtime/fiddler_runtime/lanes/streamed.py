@@ -32,9 +32,10 @@ class StreamedLane:
         self._device = device
         self._kernels = kernels
         self._slots = [kernels.slot() for _ in range(slots)]
-        # A slot may be overwritten after this ticket: the last computation that reads it.
-        self._free: list[Ticket] = [None] * slots
-        self._fetched: Ticket = None
+        # A slot may be overwritten after this ticket: the last computation that reads it. At first, what the caller's
+        # stream had been given, since a slot's memory may have been something else's until then.
+        self._free: list[Ticket] = [device.join(device.submit(device.mark))] * slots
+        self._fetched: tuple[torch.Tensor, Ticket] | None = None
 
     def start(self, routing: Routing, packed: Mapping[int, torch.Tensor]) -> deque[Ticket]:
         """Starts the first copies, as many as there are slots; resident experts can be computed meanwhile."""
@@ -57,11 +58,24 @@ class StreamedLane:
 
     def prefetch(self, packed: torch.Tensor) -> None:
         """Starts to copy an expert that a later call of `use_prefetched` may want; the one before is forgotten."""
-        self._fetched = self._device.on_copy_engine(self._copy, SLOTS, packed, None, after=self._free[SLOTS])
+        self._fetched = None  # should the copy fail to start
+        arrival = self._device.on_copy_engine(self._copy, SLOTS, packed, None, after=self._free[SLOTS])
+        self._fetched = packed, arrival
 
-    def use_prefetched(self, hidden: torch.Tensor, routing: Routing, share: Share, out: torch.Tensor) -> None:
+    def use_prefetched(
+        self,
+        hidden: torch.Tensor,
+        routing: Routing,
+        share: Share,
+        packed: Mapping[int, torch.Tensor],
+        out: torch.Tensor,
+    ) -> None:
         """Computes `share` with the weights of the last `prefetch`; adds to out fp32 [T, H]."""
-        self._compute(SLOTS, hidden, routing, share, self._fetched, out)
+        # Nobody waits for a prefetch, so nobody saw it fail.
+        if self._fetched is None or self._fetched[0] is not packed[share.expert]:
+            self.prefetch(packed[share.expert])
+        assert self._fetched is not None
+        self._compute(SLOTS, hidden, routing, share, self._fetched[1], out)
 
     def _compute(
         self, slot: int, hidden: torch.Tensor, routing: Routing, share: Share, arrival: Ticket, out: torch.Tensor

@@ -18,6 +18,7 @@ from triton import knobs
 
 from ..plan import ExpertForm
 from .expert import DOWN_LANES, GATE_UP_LANES, LIMIT, PackedExpert
+from .transfers import send_numbers
 
 _ACTIVATIONS = {"silu": 0, "gptoss": 1, "gelu": 2, "gelu_tanh": 3}
 
@@ -48,7 +49,7 @@ def table(work: Sequence[tuple[PackedExpert, int, int]], tiles: Tiles, device: t
         for expert, start, stop in work
         for first in range(start, stop, tiles.tokens)
     ]
-    return torch.from_numpy(np.array(cut, np.int64).reshape(-1, 3)).to(device, non_blocking=True)
+    return send_numbers(np.array(cut, np.int64).reshape(-1, 3), device)
 
 
 def run(
