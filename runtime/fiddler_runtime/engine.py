@@ -314,8 +314,8 @@ class Engine:
             if self._closed:
                 raise FiddlerError("the engine is closed", found="a captured step after close()")
             if self._captured is None:
-                allow = [strategy for strategy in self.strategies if strategy != "streamed"]
-                if "cpu" not in allow and not self._tables.resident.all():
+                allow = self._captured_strategies()
+                if not allow:
                     raise FiddlerError(
                         "experts that are not resident have no lane in captured steps, which stream none",
                         found="strategies " + ",".join(self.strategies),
@@ -333,7 +333,14 @@ class Engine:
                     resident=self._lanes,
                     done=self._count_captured,
                 )
+                self._description = self._describe()
             yield self._captured
+
+    def _captured_strategies(self) -> list[str]:
+        """Those of captured steps, in which nobody starts copies once the routing is known. None where experts would be
+        left without one."""
+        allow = [strategy for strategy in self.strategies if strategy != "streamed"]
+        return allow if "cpu" in allow or self._tables.resident.all() else []
 
     def _count_captured(self, step: NativeStep) -> None:
         """Notes a step's layers. How long the accelerator took for each nobody knows: it counts as idle."""
@@ -370,7 +377,11 @@ class Engine:
         self._counters.reset()
 
     def describe(self) -> dict[str, Any]:
-        """What runs where: plain values, for people and logs. Also after `close`."""
+        """What runs where: plain values, for people and logs. Also after `close`.
+
+        captured_strategies are those of captured steps, in which nothing is streamed, and empty where none are possible;
+        captured_entry is how these enter the CPU lane, None before the first.
+        """
         return dict(self._description)
 
     def _describe(self) -> dict[str, Any]:
@@ -383,6 +394,8 @@ class Engine:
             "torch_device": str(self._device.torch_device),
             "strategies": list(self.strategies),
             "features": list(self._features),
+            "captured_strategies": [] if self._device.kind == "none" else self._captured_strategies(),
+            "captured_entry": None if self._captured is None else self._captured.entry.name,
             "isa": self._kernels.isa,
             "kernel": symbols[self._kernels.isa],
             "threads": self._kernels.threads,

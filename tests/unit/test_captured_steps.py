@@ -150,6 +150,25 @@ def test_a_step_that_is_stuck_is_given_up_and_the_plain_path_goes_on(engine: Eng
     engine.close()
 
 
+def test_what_captured_steps_do_is_described(plan) -> None:  # type: ignore[no-untyped-def]
+    """They stream nothing, whatever the engine may."""
+    for device, strategies, captured in (
+        ("simulated", None, ["resident", "cpu"]),
+        ("simulated", ("resident",), ["resident"]),
+        ("simulated", ("streamed",), []),
+        ("none", None, []),
+    ):
+        with Engine(plan, ExpertWeights.random(), device=device, strategies=strategies) as engine:
+            assert engine.describe()["captured_strategies"] == captured
+            assert engine.describe()["captured_entry"] is None
+            if captured:
+                with engine.captured():
+                    assert engine.describe()["captured_entry"] == "flags of a simulated stream"
+            else:
+                with pytest.raises(FiddlerError), engine.captured():
+                    pass
+
+
 def test_an_error_of_the_cpu_lane_reaches_the_caller(engine: Engine):
     enter(engine, ThreadFlags())
     step = Step(engine, 1)

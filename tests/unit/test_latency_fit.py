@@ -15,6 +15,7 @@ from fiddlerc.hardware import catalog_names, load_hardware
 from fiddlerc.ir import Accelerator, Calibration, ExpertTensors, Limits, Machine, ModelSpec, Sample, StepSample
 from fiddlerc.latency.heldout import folds
 from fiddlerc.latency.model import MAX_TOKENS, NEVER_US, token_grid
+from fiddlerc.latency.rest import fit_rest
 
 pytestmark = pytest.mark.slow
 
@@ -331,6 +332,16 @@ def test_data_sheet_copies_agree_with_the_published_ones() -> None:
     mixtral = spec(4096, 14336)
     assert latency.fit(load_hardware("a100"), mixtral).stream_us == pytest.approx(13980, rel=0.01)
     assert latency.fit(load_hardware("fiddler-env1"), mixtral).stream_us == pytest.approx(26700, rel=0.06)
+
+
+def test_a_gpus_step_is_no_shorter_than_launching_it_takes() -> None:
+    """Twenty operations a layer: of 5 us each, or of what giving its queue one was measured to take."""
+    sheet, tokens = replace(load_hardware("a100"), samples=(), steps=()), np.array([1], np.int32)
+    small = spec(64, 64)
+    launch = Sample("launch", 0, 0, 0, 4, 1, "", 12.5, 0.1, 100, "fast")
+    for samples, operation_us in (((), 5.0), ((launch,), 12.5)):
+        rest = fit_rest(replace(sheet, samples=samples), small, tokens)
+        assert rest.us[0] == 20 * operation_us * small.num_layers
 
 
 def test_every_size_is_held_out_once() -> None:
