@@ -379,8 +379,8 @@ class Engine:
     def describe(self) -> dict[str, Any]:
         """What runs where: plain values, for people and logs. Also after `close`.
 
-        captured_strategies are those of captured steps, in which nothing is streamed, and empty where none are possible;
-        captured_entry is how these enter the CPU lane, None before the first.
+        captured_strategies: of captured steps, in which nothing is streamed; empty where there can be none.
+        captured_entry: how these enter the CPU lane; None before the first.
         """
         return dict(self._description)
 

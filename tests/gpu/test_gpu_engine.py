@@ -55,8 +55,8 @@ def test_tensors_of_the_host_go_there_and_come_back(tmp_path: Path, where: torch
     with open_engine(plan) as engine:
         expected = engine.moe(layer, *(part.to(where) for part in case)).cpu()
         mixed = (case[0].to(where), case[1], case[2])
-        assert torch.equal(engine.moe(layer, *mixed).cpu(), expected)
-        assert torch.equal(engine.moe(layer, *case), expected)
+        for given in (mixed, case):  # not bit for bit: Triton's kernels add experts up in no certain order
+            torch.testing.assert_close(engine.moe(layer, *given).cpu(), expected, rtol=2**-7, atol=2**-7)
         single = engine.moe(layer, case[0].float(), case[1], case[2])
         kept = single.clone()
         engine.moe(layer, -case[0].float(), case[1], case[2])

@@ -17,10 +17,10 @@ SPEC = small_spec(hidden_size=1024, intermediate_size=2048)
 
 @pytest.fixture
 def little_memory(where: torch.device):
-    """So much of the GPU that torch may take no more than a few experts of SPEC."""
+    """So much of the GPU that torch may take no more than two experts of SPEC: 12 MiB each, of segments of 20 MiB."""
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(where).total_memory
-    torch.cuda.set_per_process_memory_fraction((60 << 20) / total, where)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(where) + (44 << 20)) / total, where)
     yield
     torch.cuda.set_per_process_memory_fraction(1.0, where)
     torch.cuda.empty_cache()
@@ -36,7 +36,9 @@ def test_residents_that_find_no_room_run_elsewhere(tmp_path: Path, little_memory
         assert 0 < engine.describe()["resident_experts"] < 4
         hidden = torch.randn(5, SPEC.hidden_size, device=where, dtype=torch.bfloat16)
         ids = torch.tensor([[0, 1], [2, 3], [4, 5], [0, 3], [1, 2]], device=where)
-        out = engine.moe(SPEC.moe_layers[0], hidden, ids, torch.full((5, 2), 0.5, device=where))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FiddlerWarning)  # what cuBLAS takes may cost the others their place
+            out = engine.moe(SPEC.moe_layers[0], hidden, ids, torch.full((5, 2), 0.5, device=where))
         assert bool(out.isfinite().all())
 
 

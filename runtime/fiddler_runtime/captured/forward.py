@@ -234,8 +234,9 @@ class _CacheState:
 
     def restore(self, saved: list[torch.Tensor] | None) -> None:
         """Sets the layers back to this state, and its tensors to their copies, if they were changed."""
-        for (_, _, tensor), copy in zip(self._tensors(), saved, strict=True) if saved is not None else ():
-            tensor.copy_(copy)
+        if saved is not None:
+            for (_, _, tensor), copy in zip(self._tensors(), saved, strict=True):
+                tensor.copy_(copy)
         for layer, state in zip(self._layers, self._states, strict=True):
             vars(layer).clear()
             vars(layer).update(state)
