@@ -339,7 +339,7 @@ class Engine:
     def _captured_strategies(self) -> list[str]:
         """Those of captured steps, in which nobody starts copies once the routing is known. None where experts would be
         left without one."""
-        allow = [strategy for strategy in self.strategies if strategy != "streamed"]
+        allow: list[str] = [strategy for strategy in self.strategies if strategy != "streamed"]
         return allow if "cpu" in allow or self._tables.resident.all() else []
 
     def _count_captured(self, step: NativeStep) -> None:
