@@ -19,9 +19,10 @@ from bench.end_to_end.record import Record
 from bench.end_to_end.replay import Replay
 from bench.end_to_end.strategies import CONTENDERS, NAMES, Machine, usable
 from bench.end_to_end.table import render
-from runtime_samples import write_sample_plan
+from runtime_samples import TINY_MIXTRAL, write_sample_plan
 
 from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.lanes.expert import UnpackedExpert
 from fiddler_runtime.loading import open_library
 from fiddler_runtime.makespan import CPU, IDLE, RESIDENT, STREAMED
 from fiddler_runtime.plan import Options, Plan
@@ -310,6 +311,14 @@ def test_too_little_memory_is_refused_with_what_would_fit(tiny: Path, monkeypatc
     monkeypatch.setattr(memory, "available_bytes", lambda: 1_200_000)
     with pytest.raises(FiddlerError, match=r"(?s)not enough host memory .*hint: --layers 2; or --only cpu"):
         memory.check(model, 4, Options("balanced", 128, 1, 0), CONTENDERS, "simulated")
+
+
+def test_a_checkpoints_own_weights_are_ready_to_be_read():
+    """By strategies that are no engine, too, which would check them."""
+    model = open_model(str(TINY_MIXTRAL), Path(), random=False, layers=None)
+    read = UnpackedExpert.empty(model.spec.expert)
+    model.weights().read(0, 0, *read.matrices, read.biases)
+    assert bool(read.down.isfinite().all())
 
 
 def test_random_weights_have_the_right_scale_and_are_the_same_every_time(tiny: Path):

@@ -38,8 +38,10 @@ class Model:
     random: bool
 
     def weights(self) -> ExpertWeights:
-        """The routed experts."""
-        return NoiseWeights() if self.random else ExpertWeights.load(self.source)
+        """The routed experts, which have passed their check."""
+        weights = NoiseWeights() if self.random else ExpertWeights.load(self.source)
+        weights.check(self.spec)
+        return weights
 
     def without_experts(self) -> Any:
         """The transformers model in bf16 on the CPU, with hf.PlannedExperts whose `engine` is to be set."""
