@@ -17,8 +17,11 @@ from .errors import FiddlerError
 
 AcceleratorKind = Literal["cuda", "simulated", "none"]
 
-KNOWN_ISAS = ("avx512_bf16", "avx512f", "avx2", "scalar")
-"""Our kernels' instruction sets, best first."""
+KNOWN_ISAS = ("avx512_bf16", "avx512f", "avx2", "scalar", "amx_bf16")
+"""Our kernels' instruction sets in the order in which they are preferred.
+
+amx_bf16 is the last: it never ran on a CPU that has it, so the runtime takes it only where it is asked for by name.
+"""
 
 # The /proc/cpuinfo flags that a kernel of each ISA needs. The kernel clears a flag there when the operating system does
 # not save the registers that go with it, so a flag that is listed may be used. The library asks CPUID again itself.
@@ -27,6 +30,7 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "avx512f": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "avx2": ("avx2", "fma"),
     "scalar": (),
+    "amx_bf16": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"),
 }
 
 _CGROUP = "sys/fs/cgroup"
@@ -50,7 +54,7 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class Machine:
-    """The record that hw.json, plans and benchmarks carry. isa lists our kernel ISAs that run here, best first.
+    """The record that hw.json, plans and benchmarks carry. isa lists our kernel ISAs that run here, preferred first.
 
     cores         physical cores that this process may use (affinity and container limits applied)
     l1d_bytes, l2_bytes  of one core;  l3_bytes  of all last-level caches that the usable cores share, together
@@ -148,7 +152,7 @@ def missing_flags(isa: str, root: Path = Path("/")) -> tuple[str, ...]:
 
 
 def cpu_isas(root: Path = Path("/")) -> tuple[str, ...]:
-    """Our kernel ISAs whose flags this machine has, best first; "scalar" is always among them."""
+    """Our kernel ISAs whose flags this machine has, preferred first; "scalar" is always among them."""
     return tuple(isa for isa in KNOWN_ISAS if not missing_flags(isa, root))
 
 
