@@ -45,7 +45,7 @@ _ISSUE_PER_SLOT = 3  # six instructions a cycle beside two multiplies
 # AVX2 on Zen 4, where tile 2 x 4 takes 1.6 to 1.8 times as long as 4 x 2, which is bound by its multiplies.
 _VECTOR_FROM_L2_SLOTS = 6.0
 _PASS_SLOTS = 40.0  # entering a tile's loop and leaving it, beside moving its sums
-# A processor with tiles: 16 rows of 16 sums, each of 32 products, take a cycle a row. Its second-level cache gives 48 bytes
+# A CPU with tiles: 16 rows of 16 sums, each of 32 products, take a cycle a row; its second-level cache gives 48 bytes
 # a cycle (Intel's figures for Sapphire Rapids; nothing was measured).
 TILE_ROWS, TILE_INPUTS, _TILE_TOKENS, _TILE_VECTORS = 16, 32, 32, 2
 _L2_BYTES_PER_SLOT = 48.0
@@ -191,12 +191,13 @@ def _tile_row_slots(blocking: Blocking, tokens: int) -> float:
     rows = tiles * -(-tokens // tiles)
     passes = -(-tiles * TILE_ROWS // blocking.tile_tokens)
     multiplies = rows * _TILE_VECTORS / (TILE_INPUTS / 2)
+    memory = _MEMORY_SLOTS * _FETCH_COST
     if passes == 1:
-        return max(_MEMORY_SLOTS * _FETCH_COST, multiplies)
+        return max(memory, multiplies)
     # Weights and inputs of a pass, 4 bytes each for a pair, come from the second-level cache; sums as in row_slots.
     loads = 4.0 * (passes * ROW_LANES + rows) / _L2_BYTES_PER_SLOT
     moved = 2.0 * rows * _TILE_VECTORS + _PASS_SLOTS * passes
-    return max(_MEMORY_SLOTS, max(multiplies, loads) + moved / (blocking.k_block / 2))
+    return max(memory, max(multiplies, loads) + moved / (blocking.k_block / 2))
 
 
 def _tiles(target: Target) -> Iterator[tuple[int, int]]:

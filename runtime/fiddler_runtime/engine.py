@@ -383,6 +383,7 @@ class Engine:
             "strategies": list(self.strategies),
             "features": list(self._features),
             "isa": self._kernels.isa,
+            "other_isas": self._library.others(self._kernels.isa),
             "kernel": symbols[self._kernels.isa],
             "threads": self._kernels.threads,
             "whose_threads": self._kernels.whose_threads,
