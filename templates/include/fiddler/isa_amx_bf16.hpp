@@ -32,7 +32,7 @@ inline void configure(int64_t rows) {
 }
 
 // One or two (M) tiles of `rows` tokens each, and what they are multiplied by. Strides are in bytes.
-struct TilePass {
+struct AmxPass {
   const uint16_t* x;
   int64_t x_stride;
   int64_t rows;
@@ -43,7 +43,7 @@ struct TilePass {
 };
 
 template <int M>
-inline void multiply_step(const TilePass& pass, const uint16_t* x, const uint32_t* w) {
+inline void multiply_step(const AmxPass& pass, const uint16_t* x, const uint32_t* w) {
   tile_load<6>(w, fdl::kRowBytes);
   tile_load<4>(x, pass.x_stride);
   tile_multiply<0, 4, 6>();
@@ -58,7 +58,7 @@ inline void multiply_step(const TilePass& pass, const uint16_t* x, const uint32_
 
 // sums (+)= x * w over `pairs` rows of weights, the last of which that make no whole step are in `rest`, filled up with zeros.
 template <int M>
-inline void multiply(const TilePass& pass, const uint32_t* w, int64_t pairs, const uint32_t* rest) {
+inline void multiply(const AmxPass& pass, const uint32_t* w, int64_t pairs, const uint32_t* rest) {
   float* const low = pass.sums + pass.rows * fdl::kLanes;  // of the second tile of tokens
   if (pass.fresh) {
     tile_zero<0>(), tile_zero<1>();
@@ -105,7 +105,7 @@ template <class Isa, class Tile>
 inline void run_tiles(const fdl::Task& task) {
   if (task.tokens < Tile::kRowsFrom) return run<Isa, FewTokens<Tile>>(task);
   const int64_t tiles = (task.tokens + fdl::kTileRows - 1) / fdl::kTileRows, passes = (tiles + 1) / 2;
-  TilePass pass{};
+  AmxPass pass{};
   pass.rows = (task.tokens + tiles - 1) / tiles;
   pass.x_stride = task.activation_stride * 2;
   configure(pass.rows);
