@@ -22,7 +22,7 @@ from fiddler_runtime import plan as plan_format
 from fiddler_runtime.build import build_kernels, find_toolchain
 from fiddler_runtime.errors import FiddlerError, FiddlerWarning
 from fiddler_runtime.kernels import KernelLibrary
-from fiddler_runtime.machine import available_bytes, this_machine
+from fiddler_runtime.machine import available_bytes, refused, this_machine
 from fiddler_runtime.plan import HardwareSummary, Header, Plan
 
 from . import __version__, codegen, export, frontend, hardware, latency, placement, report, simulate
@@ -614,7 +614,7 @@ def _tune(request: CompileRequest, form: ExpertForm, calibration: Calibration, p
     if isa is None:
         raise FiddlerError(
             "--tune measures kernels that run here",
-            found=f"--isa {','.join(wanted)}",
+            found=f"--isa {','.join(wanted)}" + "".join(f" ({refused(isa)})" for isa in wanted if refused(isa)),
             expected="one of " + ", ".join(here.isa),
             hint=f"--isa {here.isa[0]}",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from fiddler_runtime.build import build_kernels
 from fiddler_runtime.kernels import KernelLibrary, Kernels, empty_packed, make_pointers
 from fiddler_runtime.machine import KNOWN_ISAS, missing_flags
 from fiddlerc.codegen import generate
+from fiddlerc.codegen.targets import TARGETS
 from fiddlerc.ir import Activation, KernelSources
 
 # (hidden, intermediate), with tails of every kind: odd, below one block, several depth blocks.
@@ -40,14 +41,36 @@ def library(
         return KernelLibrary(build_kernels(write_sources(sources, Path(folder))), sources.spec)
 
 
+EMULATED = Path(__file__).parent / "kernels" / "emulated"
+
+
+def emulated(sources: KernelSources) -> KernelSources:
+    """The same with the tile instructions of AMX emulated; it then runs where AVX512_BF16 does."""
+    files = {f"include/fiddler/{path.name}": path.read_text() for path in EMULATED.iterdir()}
+    assert files.keys() < sources.files.keys()
+    return replace(sources, files={**sources.files, **files})
+
+
+@functools.cache
+def emulated_library(hidden: int, intermediate: int, activation: Activation, bias: bool) -> KernelLibrary:
+    sources = emulated(generate(hidden, intermediate, ("amx_bf16",), activation=activation, bias=bias))
+    with tempfile.TemporaryDirectory() as folder:
+        return KernelLibrary(build_kernels(write_sources(sources, Path(folder))), sources.spec)
+
+
 def open_isa(
     shape: tuple[int, int], isa: str, threads: int = 2, activation: Activation = "silu", bias: bool = False
 ) -> Kernels:
-    """The kernels of exactly that instruction set; skips the test, naming the flag, if this CPU lacks it."""
-    missing = missing_flags(isa)
+    """The kernels of exactly that instruction set; skips the test, naming the flag, if this CPU lacks it.
+
+    Tiles of AMX are emulated where there are none.
+    """
+    emulation = isa == "amx_bf16" and bool(missing_flags(isa))
+    missing = missing_flags("avx512_bf16" if emulation else isa)
     if missing:
         pytest.skip(f"{isa} needs CPU flags that are missing here: {' '.join(missing)}")
-    kernels = library(*shape, None, activation, bias).open(isa, threads)
+    built = emulated_library(*shape, activation, bias) if emulation else library(*shape, None, activation, bias)
+    kernels = built.open(isa, threads)
     assert kernels.isa == isa
     return kernels
 
@@ -154,3 +177,8 @@ def reference(
 
 
 ISAS = KNOWN_ISAS
+
+
+def alike(kernels: Kernels) -> int:
+    """So many rows of an expert, and more, are computed in one order of sums: amx_bf16 has another for few."""
+    return TARGETS[kernels.isa].rows_from or 1

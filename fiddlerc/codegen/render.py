@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -65,6 +65,8 @@ def generate(
             "isa": variant.isa,
             "symbol": variant.symbol,
             "check": target.check,
+            "permit": target.permit,
+            "rows_from": target.rows_from,
             "element_bytes": target.element_bytes,
             "tile_tokens": variant.blocking.tile_tokens,
             "flags": target.flags,
@@ -91,6 +93,8 @@ def generate(
             flags=" ".join(target.flags),
             header=target.header,
             policy=target.policy,
+            functions=target.functions,
+            rows_from=target.rows_from,
             blocking=variant.blocking,
         )
     files.update(_headers(targets))
@@ -98,7 +102,7 @@ def generate(
 
 
 def _wanted(isas: Sequence[str] | None) -> tuple[str, ...]:
-    """The instruction sets to generate, best first."""
+    """The instruction sets to generate, in the order in which the library prefers them."""
     if isas is None:
         return KNOWN_ISAS
     for isa in isas:
@@ -145,7 +149,7 @@ def _description(spec: KernelSpec) -> str:
 
 def _headers(targets: Sequence[Target]) -> dict[str, str]:
     """The headers as they are, without those of instruction sets that are not generated."""
-    unused = {target.header for target in TARGETS.values()} - {target.header for target in targets}
+    unused = _own_headers(TARGETS.values()) - _own_headers(targets)
     folder = _templates() / "include" / "fiddler"
     files = {
         f"include/fiddler/{path.name}": path.read_text(encoding="utf-8")
@@ -154,6 +158,10 @@ def _headers(targets: Sequence[Target]) -> dict[str, str]:
     }
     files.update({name: (_templates() / name).read_text(encoding="utf-8") for name in _VERBATIM})
     return files
+
+
+def _own_headers(targets: Iterable[Target]) -> set[str]:
+    return {header for target in targets for header in (target.header, *target.includes)}
 
 
 def _templates() -> Path:

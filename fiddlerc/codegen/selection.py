@@ -45,6 +45,10 @@ _ISSUE_PER_SLOT = 3  # six instructions a cycle beside two multiplies
 # AVX2 on Zen 4, where tile 2 x 4 takes 1.6 to 1.8 times as long as 4 x 2, which is bound by its multiplies.
 _VECTOR_FROM_L2_SLOTS = 6.0
 _PASS_SLOTS = 40.0  # entering a tile's loop and leaving it, beside moving its sums
+# A CPU with tiles: 16 rows of 16 sums, each of 32 products, take a cycle a row; its second-level cache gives 48 bytes
+# a cycle (Intel's figures for Sapphire Rapids; nothing was measured).
+TILE_ROWS, TILE_INPUTS, _TILE_TOKENS, _TILE_VECTORS = 16, 32, 32, 2
+_L2_BYTES_PER_SLOT = 48.0
 # The rest of a second-level cache is left to the outputs, the stack, and what prefetching brings too early.
 _L2_SHARE, _L1_SHARE = 0.75, 0.5
 _TYPICAL_L1, _TYPICAL_L2 = 32 << 10, 1 << 20  # where the machine does not tell
@@ -91,7 +95,7 @@ def select(target: Target, expert: ExpertForm, machine: Machine | None) -> Selec
         narrow = _narrow_tiles(target, tokens, vectors)
         for k_block in _k_blocks(target, tokens, vectors, depth, l1, l2, rejected):
             for fetch_bytes in _fetch_bytes(l2):
-                for fetch_tokens in range(1, tokens + 2):
+                for fetch_tokens in (target.rows_from,) if target.rows_from else range(1, tokens + 2):
                     blocking = Blocking(tokens, vectors, narrow, k_block, fetch_tokens, fetch_bytes)
                     candidates.append(
                         Candidate(
@@ -140,6 +144,8 @@ def finalists(selection: Selection) -> tuple[tuple[str, Candidate], ...]:
 
 def registers(target: Target, tokens: int, vectors: int) -> int:
     """Vector registers of a tile: its sums, and the weights of all vectors with one token's inputs, or the reverse."""
+    if target.rows_from:
+        return tokens // TILE_ROWS * vectors + tokens // TILE_ROWS + vectors
     weights, inputs = target.weight_registers, target.input_registers
     operands = min(vectors * weights + inputs, weights + tokens * inputs)
     return tokens * vectors + operands + target.constants
@@ -161,6 +167,8 @@ def slots(target: Target, tokens: int, vectors: int) -> float:
 
 def row_slots(target: Target, blocking: Blocking, tokens: int) -> float:
     """Slots for one packed row and so many tokens of an expert, the memory's time included."""
+    if 0 < target.rows_from <= tokens:
+        return _tile_row_slots(blocking, tokens)
     count = -(-tokens // blocking.tile_tokens)
     sizes = [tokens // count + (index < tokens % count) for index in range(count)]
     row_vectors = ROW_LANES // target.lanes
@@ -177,8 +185,26 @@ def row_slots(target: Target, blocking: Blocking, tokens: int) -> float:
     return max(_MEMORY_SLOTS, compute + moved / (blocking.k_block / 2))
 
 
+def _tile_row_slots(blocking: Blocking, tokens: int) -> float:
+    """The same of tiles: the last ones of a unit are filled up to the others' rows."""
+    tiles = -(-tokens // TILE_ROWS)
+    rows = tiles * -(-tokens // tiles)
+    passes = -(-tiles * TILE_ROWS // blocking.tile_tokens)
+    multiplies = rows * _TILE_VECTORS / (TILE_INPUTS / 2)
+    memory = _MEMORY_SLOTS * _FETCH_COST
+    if passes == 1:
+        return max(memory, multiplies)
+    # Weights and inputs of a pass, 4 bytes each for a pair, come from the second-level cache; sums as in row_slots.
+    loads = 4.0 * (passes * ROW_LANES + rows) / _L2_BYTES_PER_SLOT
+    moved = 2.0 * rows * _TILE_VECTORS + _PASS_SLOTS * passes
+    return max(memory, max(multiplies, loads) + moved / (blocking.k_block / 2))
+
+
 def _tiles(target: Target) -> Iterator[tuple[int, int]]:
     """The tallest tile that the registers hold, for each width that divides a packed row."""
+    if target.rows_from:
+        yield _TILE_TOKENS, _TILE_VECTORS
+        return
     vectors = 1
     while vectors <= ROW_LANES // target.lanes:
         tokens = max((m for m in range(1, 64) if registers(target, m, vectors) <= target.registers), default=0)
@@ -230,9 +256,14 @@ def _vectors(blocking: Blocking, tokens: int) -> int:
 
 
 def _mean(target: Target, blocking: Blocking, tokens: Sequence[int]) -> float:
-    least = ROW_LANES / target.lanes * target.multiplies
-    ratios = [row_slots(target, blocking, m) / max(_MEMORY_SLOTS, m * least) for m in tokens]
+    ratios = [row_slots(target, blocking, m) / max(_MEMORY_SLOTS, _least(target, m)) for m in tokens]
     return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+
+
+def _least(target: Target, tokens: int) -> float:
+    """Slots of the multiplies that so many tokens need for a packed row."""
+    each = 2 / TILE_INPUTS if 0 < target.rows_from <= tokens else target.multiplies
+    return ROW_LANES / target.lanes * each * tokens
 
 
 def _differs(a: Blocking, b: Blocking) -> set[str]:
@@ -245,6 +276,8 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
     tokens, vectors = chosen.tile_tokens, chosen.tile_vectors
     row = ROW_LANES // target.lanes
     loads = vectors + tokens * target.input_loads
+    if target.rows_from:
+        return _explain_tiles(target, best, l2)
     lines = [
         f"tile {tokens} x {vectors}: {registers(target, tokens, vectors)} of {target.registers} registers; "
         f"{tokens * vectors * target.multiplies} multiplies beside {loads} loads",
@@ -274,3 +307,20 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
             )
             break
     return tuple(lines)
+
+
+def _explain_tiles(target: Target, best: Candidate, l2: int) -> tuple[str, ...]:
+    chosen, few = best.blocking, target.rows_from - 1
+    tokens, vectors = chosen.tile_tokens, chosen.tile_vectors
+    at, limit = _instructions(target, few, ROW_LANES // target.lanes), _WINDOW // _ROWS_IN_FLIGHT
+    return (
+        f"tile {tokens} x {vectors}: {registers(target, tokens, vectors)} of {target.registers} tile registers; "
+        f"{tokens // TILE_ROWS * vectors} products beside {tokens // TILE_ROWS + vectors} loads",
+        f"tiles from {target.rows_from} tokens on: up to {few} a row is {at} instructions of the AVX-512 kernel, "
+        f"{_ROWS_IN_FLIGHT} rows fit the out-of-order window up to {limit}, and memory is the limit of both",
+        f"k_block {chosen.k_block}: {format_bytes(working_set(target, chosen.k_block))} of the {format_bytes(l2)} L2; "
+        "larger ones move the sums less often",
+        f"tiles fetch {chosen.fetch_bytes} bytes ahead",
+        f"predicted {1 / best.small:.0%} of the limit up to 16 tokens, {1 / best.large:.0%} beyond",
+        "never run on a CPU that has it: taken only where it is asked for by name",
+    )

@@ -13,6 +13,11 @@ class Target:
     check           the function of cpu.hpp that asks whether it may run
     flags           the compiler flags of its file, and of no other
     element_bytes   of an activation: 2 (bf16) or 4 (fp32)
+    rows_from       so many tokens of an expert and more are multiplied as tiles, from activations that lie row by row;
+                    fewer as vectors, and the numbers below are of these. 0: all are vectors
+    permit          the function of cpu.hpp that asks the system for the registers when a library is opened
+    includes        further headers that its own needs and others do not
+    functions       what the names of its functions run, burn in the header end with
 
     What selection.py counts with, of two consecutive inputs (a pair) of one vector of outputs or one token:
     lanes           outputs in a vector register; a packed row has 32
@@ -38,6 +43,10 @@ class Target:
     input_loads: int
     input_instructions: int
     multiplies: int
+    rows_from: int = 0
+    permit: str = "always"
+    functions: str = ""
+    includes: tuple[str, ...] = ()
 
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
@@ -115,6 +124,30 @@ TARGETS: dict[str, Target] = {
             input_loads=2,
             input_instructions=4,
             multiplies=4,
+        ),
+        # Eight tiles of 16 rows of 64 bytes: sums, activations, weights. Up to 6 tokens the memory is the limit of the
+        # AVX-512 kernel, whose plain loads the hardware's prefetching follows; from 7 on that would be held up by the
+        # multiplications (selection.py counts so), and tiles are a sixteenth of them.
+        Target(
+            isa="amx_bf16",
+            header="isa_amx_bf16.hpp",
+            policy="AmxBf16",
+            check="has_amx_bf16",
+            flags=(*_AVX512, "-mavx512bf16"),
+            element_bytes=2,
+            lanes=16,
+            registers=8,
+            constants=0,
+            weight_registers=1,
+            weight_instructions=1,
+            input_registers=1,
+            input_loads=1,
+            input_instructions=1,
+            multiplies=1,
+            rows_from=7,
+            permit="permit_tiles",
+            functions="_tiles",
+            includes=("amx_tiles.hpp", "isa_avx512_bf16.hpp"),
         ),
     )
 }

@@ -16,7 +16,15 @@ from typing import Literal
 
 from fiddler_runtime.build import cache_dir, find_toolchain
 from fiddler_runtime.errors import FiddlerError
-from fiddler_runtime.machine import KNOWN_ISAS, Machine, cpu_lane_threads, find_accelerator, missing_flags, this_machine
+from fiddler_runtime.machine import (
+    KNOWN_ISAS,
+    UNPROVEN,
+    Machine,
+    cpu_lane_threads,
+    find_accelerator,
+    refused,
+    this_machine,
+)
 
 Status = Literal["ok", "missing", "note"]
 
@@ -75,16 +83,19 @@ def _cpu(machine: Machine, root: Path) -> Iterator[Check]:
     yield Check("CPU", "ok", f"{machine.cpu}, {cores}", "")
     best = machine.isa[0]
     for isa in KNOWN_ISAS:
-        missing = missing_flags(isa, root)
-        if not missing:
+        lacking = refused(isa, root)
+        if not lacking and isa == UNPROVEN:
+            detail = "usable, not by default: it never ran on a CPU that has it"
+            yield Check(f"ISA {isa}", "note", detail, f"fiddlerc run PLAN --isa {isa}")
+        elif not lacking:
             yield Check(f"ISA {isa}", "ok", "used by default" if isa == best else "usable", "")
         elif isa == "avx2":
-            detail = f"no {', '.join(missing)}: only the scalar kernel runs, an order of magnitude slower"
+            detail = f"{lacking}: only the scalar kernel runs, an order of magnitude slower"
             yield Check(
                 f"ISA {isa}", "missing", detail, "grep -m1 flags /proc/cpuinfo   (a virtual machine may hide them)"
             )
         else:
-            yield Check(f"ISA {isa}", "note", f"no {', '.join(missing)}: {best} is used instead", "")
+            yield Check(f"ISA {isa}", "note", f"{lacking}: {best} is used instead", "")
     if platform.machine() not in ("x86_64", "AMD64"):
         detail = f"{platform.machine()}: kernels are generated for x86-64"
         yield Check(

@@ -397,6 +397,7 @@ class Engine:
             "captured_strategies": [] if self._device.kind == "none" else self._captured_strategies(),
             "captured_entry": None if self._captured is None else self._captured.entry.name,
             "isa": self._kernels.isa,
+            "other_isas": self._library.others(self._kernels.isa),
             "kernel": symbols[self._kernels.isa],
             "threads": self._kernels.threads,
             "whose_threads": self._kernels.whose_threads,

@@ -23,11 +23,11 @@ import numpy.typing as npt
 import torch
 
 from .errors import FiddlerError
-from .machine import KNOWN_ISAS, missing_flags, usable_cores
+from .machine import KNOWN_ISAS, UNPROVEN, refused, usable_cores
 from .openmp import TeamStruct, torch_team
 from .plan import ABI_VERSION, KernelSpec
 
-_OK = 0
+_OK, _E_ISA = 0, -1
 _ALIGNMENT = 64
 
 
@@ -92,7 +92,7 @@ def empty_packed(packed_bytes: int, experts: int | None = None) -> torch.Tensor:
 class KernelLibrary:
     """A loaded kernel library, checked against the plan's description of it.
 
-    isas          instruction sets built in, best first
+    isas          instruction sets built in, preferred first
     packed_bytes  of one expert
     Raises FiddlerError if the file is no such library, or one of another version, shape or layout.
     """
@@ -123,6 +123,22 @@ class KernelLibrary:
         """Whether `isa` is built in and this CPU and operating system permit it."""
         return bool(self._native.fdl_isa_usable(isa.encode()))
 
+    def others(self, isa: str) -> dict[str, str]:
+        """The instruction sets that are built in and do not run while `isa` does, and why."""
+        found = {}
+        for other in self.isas:
+            if other == isa:
+                continue
+            if not self.usable(other):
+                found[other] = refused(other) or "refused by the operating system"
+            elif other == UNPROVEN:
+                found[other] = f"never run on a CPU that has it: asked for by isa={other!r}, --isa {other}"
+            else:
+                found[other] = (
+                    f"{isa} was preferred" if self.isas.index(other) > self.isas.index(isa) else f"{isa} was asked for"
+                )
+        return found
+
     def open(
         self,
         isa: str | None = None,
@@ -133,7 +149,7 @@ class KernelLibrary:
     ) -> Kernels:
         """Starts a variant with its thread pool.
 
-        isa      None for the best usable one; it is never replaced by another
+        isa      None for the first usable one of `isas`; it is never replaced by another
         threads  counting the caller; None is one per usable core
         cpus     pins worker i to cpus[i] (the caller, worker 0, is left alone); None pins nothing
         beside_torch  torch computes on the CPU in turns with these kernels: they run on its threads if they can
@@ -154,6 +170,8 @@ class KernelLibrary:
         team = torch_team(count) if beside_torch else None
         handle = c_void_p()
         status = self._native.fdl_open(isa.encode() if isa else None, count, pinned, team, byref(handle))
+        if isa is not None and status == _E_ISA:
+            self._refuse(isa)
         self.check(status, "open kernels")
         return Kernels(self, handle, count, "torch's" if team else "own")
 
@@ -171,11 +189,10 @@ class KernelLibrary:
                 expected=isa,
                 hint=f"fiddlerc compile ... --isa {isa}" if isa in KNOWN_ISAS else f"--isa {self.isas[0]}",
             )
-        missing = ", ".join(missing_flags(isa)) or "the operating system's permission"
         raise FiddlerError(
             f"this CPU cannot run {isa} kernels",
-            found=f"no {missing}",
-            expected=f"a CPU with {isa}",
+            found=refused(isa) or "an operating system that refuses the registers",
+            expected=f"a CPU with {isa}, and a system that permits it",
             hint="leave the instruction set to the runtime, which takes the best that runs here",
         )
 

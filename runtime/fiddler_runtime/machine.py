@@ -6,6 +6,7 @@ import, and torch is imported only when an accelerator has to be looked for.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -17,8 +18,11 @@ from .errors import FiddlerError
 
 AcceleratorKind = Literal["cuda", "simulated", "none"]
 
-KNOWN_ISAS = ("avx512_bf16", "avx512f", "avx2", "scalar")
-"""Our kernels' instruction sets, best first."""
+KNOWN_ISAS = ("avx512_bf16", "avx512f", "avx2", "scalar", "amx_bf16")
+"""Our kernels' instruction sets in the order in which they are preferred.
+
+The last is UNPROVEN.
+"""
 
 # The /proc/cpuinfo flags that a kernel of each ISA needs. The kernel clears a flag there when the operating system does
 # not save the registers that go with it, so a flag that is listed may be used. The library asks CPUID again itself.
@@ -27,7 +31,14 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "avx512f": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "avx2": ("avx2", "fma"),
     "scalar": (),
+    "amx_bf16": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"),
 }
+
+UNPROVEN = "amx_bf16"
+"""Never run on a CPU that has it, only in an emulation: taken where it is asked for by name."""
+
+# arch_prctl(ARCH_GET_XCOMP_SUPP), from Linux 5.16 on: the registers that are handed out on request. Tiles are bit 18.
+_ARCH_PRCTL, _GET_SUPPORTED, _TILE_DATA = 158, 0x1021, 18
 
 _CGROUP = "sys/fs/cgroup"
 # cgroup v1 writes "no limit" as the largest page-aligned number.
@@ -50,7 +61,7 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class Machine:
-    """The record that hw.json, plans and benchmarks carry. isa lists our kernel ISAs that run here, best first.
+    """The record that hw.json, plans and benchmarks carry. isa lists our kernel ISAs that run here, preferred first.
 
     cores         physical cores that this process may use (affinity and container limits applied)
     l1d_bytes, l2_bytes  of one core;  l3_bytes  of all last-level caches that the usable cores share, together
@@ -148,8 +159,23 @@ def missing_flags(isa: str, root: Path = Path("/")) -> tuple[str, ...]:
 
 
 def cpu_isas(root: Path = Path("/")) -> tuple[str, ...]:
-    """Our kernel ISAs whose flags this machine has, best first; "scalar" is always among them."""
+    """Our kernel ISAs whose flags this machine has, preferred first; "scalar" is always among them."""
     return tuple(isa for isa in KNOWN_ISAS if not missing_flags(isa, root))
+
+
+def refused(isa: str, root: Path = Path("/")) -> str:
+    """Why `isa` cannot run here, as a message's `found`; empty where it can."""
+    if missing := missing_flags(isa, root):
+        return f"no {', '.join(missing)}"
+    if isa == UNPROVEN and not _hands_out_tiles():
+        return "an operating system that hands out no AMX registers (Linux does from 5.16 on)"
+    return ""
+
+
+def _hands_out_tiles() -> bool:
+    supported = ctypes.c_uint64()
+    status = ctypes.CDLL(None).syscall(_ARCH_PRCTL, _GET_SUPPORTED, ctypes.byref(supported))
+    return status == 0 and bool(supported.value >> _TILE_DATA & 1)
 
 
 def core_cpus(root: Path = Path("/"), affinity: Iterable[int] | None = None) -> tuple[int, ...]:

@@ -86,8 +86,22 @@ def test_an_instruction_set_that_the_cpu_lacks_is_refused() -> None:
     lacking = [isa for isa in ISAS if missing_flags(isa)]
     if not lacking:
         pytest.skip("this CPU has every instruction set that there are kernels for")
-    with pytest.raises(FiddlerError, match="this CPU cannot run"):
-        library(*SHAPE).open(lacking[0])
+    for isa in lacking:
+        with pytest.raises(
+            FiddlerError, match=f"this CPU cannot run {isa} kernels: found no .*{missing_flags(isa)[-1]}"
+        ):
+            library(*SHAPE).open(isa)
+
+
+def test_what_does_not_run_is_told_with_the_reason() -> None:
+    with library(*SHAPE).open("scalar", threads=1) as kernels:
+        others = kernels.library.others("scalar")
+    assert others.keys() == set(ISAS) - {"scalar"}
+    for isa, why in others.items():
+        assert all(flag in why for flag in missing_flags(isa))
+    if not missing_flags("avx512_bf16"):
+        with open_isa(SHAPE, "avx512_bf16") as kernels:
+            assert kernels.library.others(kernels.isa)["scalar"] == "avx512_bf16 was preferred"
 
 
 def test_only_variants_contain_vector_instructions() -> None:
@@ -104,12 +118,39 @@ def test_only_variants_contain_vector_instructions() -> None:
         name = re.match(r"[0-9a-f]+ <([^>]+)>:", section)
         if name:
             functions.add(name[1])
-            if re.search(r"%[yz]mm\d|%k[1-7]\b|\tv[a-z]+ ", section):
+            if re.search(r"%[yzt]mm\d|%k[1-7]\b|\tv[a-z]+ ", section):
                 wide.add(name[1])
-    variants = {name for name in functions if "__avx" in name or "Avx" in name}
+    variants = {name for name in functions if re.search("__a[vm]x|A[vm]x", name)}
     assert {"fdl_moe", "fdl_open", "fdl_isa_usable"} <= functions
     assert wide, "the disassembly was not understood"
     assert wide <= variants
+
+
+def test_tile_instructions_are_what_they_are_called() -> None:
+    """They are written as bytes (amx_tiles.hpp)."""
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("objdump is not installed")
+    listing = subprocess.run(
+        [objdump, "-d", "--no-show-raw-insn", "-M", "intel", str(library(*SHAPE).path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = set(
+        re.findall(r"\t((?:ldtilecfg|tilerelease|tilezero|tileloadd|tilestored|tdpbf16ps)\b.*?) *$", listing, re.M)
+    )
+    if not found:
+        pytest.skip("this objdump does not know the instructions of AMX")
+    memory = "[rax+rcx*1]"
+    expected = {"ldtilecfg [rax]", "tilerelease"}
+    expected |= {
+        f"{name} tmm{t}{rest}" for t in range(4) for name, rest in (("tilezero", ""), ("tileloadd", "," + memory))
+    }
+    expected |= {f"tileloadd tmm{t},{memory}" for t in range(4, 8)}
+    expected |= {f"tilestored {memory},tmm{t}" for t in range(4)}
+    expected |= {f"tdpbf16ps tmm{2 * m + n},tmm{4 + m},tmm{6 + n}" for m in range(2) for n in range(2)}
+    assert {re.sub(r"\s+", " ", line) for line in found} == expected
 
 
 def test_only_the_interface_is_exported() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fiddler_runtime.machine import this_machine
+from fiddler_runtime.machine import refused, this_machine
 from fiddler_runtime.plan import read_plan
 from fiddlerc import codegen, pipeline
 from fiddlerc.cli import run_command_line
@@ -100,6 +100,13 @@ def test_an_instruction_set_that_does_not_run_here(
     monkeypatch.setattr(pipeline, "this_machine", lambda kind: old)
     assert compile_tuned(hw, tmp_path / "plan", "--isa", "avx2") == 1
     assert "--tune measures kernels that run here: found --isa avx2, expected one of scalar" in capsys.readouterr().err
+
+
+def test_tiles_are_told_why_they_are_not_measured(hw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not (why := refused("amx_bf16")):
+        pytest.skip("this machine has AMX")
+    assert compile_tuned(hw, tmp_path / "plan", "--isa", "amx_bf16") == 1
+    assert f"found --isa amx_bf16 ({why}), expected one of " in capsys.readouterr().err
 
 
 def judged(times: list[list[float]]) -> Tuning:

@@ -138,7 +138,7 @@ void steps(fdl_kernels* kernels) {
 
 int main() {
   dispatches();
-  for (const char* isa : {"avx512_bf16", "avx512f", "avx2", "scalar"}) {
+  for (const char* isa : {"avx512_bf16", "avx512f", "avx2", "scalar", "amx_bf16"}) {
     if (!fdl_isa_usable(isa)) {
       std::printf("skipped %s: not built in, or not permitted here\n", isa);
       continue;

@@ -30,6 +30,8 @@ CHOICES = {
     ("avx512f", "zen4"): Blocking(12, 2, (), 512, 3, 8192),
     ("avx512f", "sapphire"): Blocking(12, 2, (), 1024, 3, 8192),
     ("avx512f", "desktop"): Blocking(12, 2, (), 256, 3, 8192),
+    ("amx_bf16", "zen4"): Blocking(32, 2, (), 1024, 7, 8192),
+    ("amx_bf16", "sapphire"): Blocking(32, 2, (), 2048, 7, 8192),
     ("avx2", "zen4"): Blocking(4, 2, (NarrowTile(2, 4),), 512, 2, 8192),
     ("avx2", "sapphire"): Blocking(4, 2, (NarrowTile(2, 4),), 1024, 2, 8192),
     ("avx2", "desktop"): Blocking(4, 2, (NarrowTile(2, 4),), 256, 2, 8192),
@@ -85,6 +87,14 @@ def test_more_tokens_never_cost_less(isa: str) -> None:
     # Two half tiles may take longer than one that is full; from tile to tile it grows.
     whole = costs[cut.tile_tokens - 1 :: cut.tile_tokens]
     assert whole == sorted(whole)
+
+
+def test_tiles_begin_where_vectors_hold_up_the_memory() -> None:
+    """The threshold in the table is that of the model: where avx512_bf16's kernel begins to fetch."""
+    for there in (ZEN4, SAPPHIRE, DESKTOP):
+        vectors = selection.select(TARGETS["avx512_bf16"], MIXTRAL, there).blocking
+        assert TARGETS["amx_bf16"].rows_from == vectors.fetch_tokens
+    assert any("tiles from 7 tokens on" in r for r in selection.select(TARGETS["amx_bf16"], MIXTRAL, None).reasons)
 
 
 def test_finalists_differ_from_the_choice_in_one_parameter() -> None:

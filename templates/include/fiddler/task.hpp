@@ -11,11 +11,16 @@ enum class Phase : int32_t {
   down,     // y = intermediate Wdown + b, for one block of 32 output columns
 };
 
+// A tile of tokens and inputs, for variants that multiply such.
+constexpr int64_t kTileRows = 16, kTileInputs = 32;
+
 // One block of outputs for some of one expert's tokens.
 //
 // Activations are the variant's elements: bf16, or fp32 holding bf16 values for variants without a bf16 multiply. They lie
 // in tiles, as many tokens as a register tile takes (Tiles below): the tile of M tokens that begins at token t starts at
-// element t * stride and holds [pairs][M][2] elements, so that a kernel reads it as one stream.
+// element t * stride and holds [pairs][M][2] elements, so that a kernel reads it as one stream. From Variant::rows_from tokens
+// on they lie row by row instead, [tokens][stride], with zeros up to a multiple of kTileInputs; up to kTileRows rows behind
+// them may be read, whatever they hold, and as many of the sums written.
 struct Task {
   Phase phase;
   int64_t tokens;
@@ -40,8 +45,10 @@ struct Variant {
   const char* isa;
   const char* symbol;
   bool (*usable)();                        // baseline code: asks the CPU and the operating system
+  bool (*permit)();                        // asks the system for the registers, when a library is opened
   int32_t element_bytes;                   // of an activation: 2 or 4
   int32_t tile_tokens;                     // most tokens of a tile
+  int32_t rows_from;                       // from so many tokens on activations lie row by row; 0: never
   void (*run)(const Task&);
   double (*burn)(int64_t steps);           // keeps the multiply units busy; returns the floating-point operations done
   void (*read)(const void*, int64_t);      // reads so many bytes
