@@ -670,9 +670,11 @@ def predict(
     for result in prediction.results:
         cells = "".join(f"{getattr(result, field):22.4g}" for _, field in columns)
         out.print(f"{result.policy:24}{cells}{result.hit_rate:10.1%}  {result.kernels}")
-    low, high = prediction.interval
-    if (low, high) != (1.0, 1.0):
+    if prediction.interval is not None:
+        low, high = prediction.interval
         out.print(f"ours: 90 % of times are expected between {low:.2f} and {high:.2f} of the predicted ones")
+    else:
+        out.print(f"ours: no interval, since not measured of this model's shapes: {', '.join(prediction.unmeasured)}")
     if prediction.regimes is not None:
         slow, fast = prediction.regimes
         out.print(f"ours, by memory regime: {slow:.4g} (slow) to {fast:.4g} (fast) tokens/s in decode")

@@ -246,10 +246,12 @@ def predict(request: PredictRequest, progress: Progress | None = None) -> Predic
             "routing is drawn from the popularity of each expert, independently of the other layers and tokens; "
             "a recorded --trace replays real text"
         )
-    if not any(curve.quantity == "rest_of_step" and curve.samples for curve in header.latency):
+    rest = [curve for curve in header.latency if curve.quantity == "rest_of_step" and curve.samples]
+    if not any(curve.interpolated for curve in rest):
+        basis = "other models' steps" if rest else "the machine's limits"
         lines.append(
-            "attention and all else outside the routed experts was not measured here: its time follows from the "
-            f"machine's limits; `fiddlerc calibrate --model {model.name}` measures it"
+            "attention and all else outside the routed experts was not measured of this model: its time follows from "
+            f"{basis}; `fiddlerc calibrate --model MODEL_DIR` measures it, with {model.name}'s weights"
         )
     return Predicted(header, workload, prediction, tuple(lines), tuple(sweep))
 

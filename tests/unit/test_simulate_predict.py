@@ -147,8 +147,21 @@ def test_the_interval_moves_every_measured_curve() -> None:
     curves = tuple(replace(curve, quantity=q, interval_low=0.8, interval_high=1.5) for q in quantities)
     tables = sample_tables(scalars_us=np.array([0, 0, 25], np.float32))  # entries are not among the curves
     assert predict(on("cuda", latency=curves), tables, sampled(), WORKLOAD).interval == (0.8, 1.5)
-    low, high = predict(on("cuda"), tables, sampled(), WORKLOAD).interval
-    assert 0.9 < low < 1 < high < 1.1  # the CPU's curve only
+    only_cpu = (curves[0], *(replace(curve, interval_low=1.0, interval_high=1.0) for curve in curves[1:]))
+    interval = predict(on("cuda", latency=only_cpu), tables, sampled(), WORKLOAD).interval
+    assert interval is not None and 0.8 < interval[0] < 1 < interval[1] < 1.5
+
+
+@pytest.mark.parametrize("quantity", ["cpu_expert", "gpu_expert", "host_to_device", "rest_of_step"])
+@pytest.mark.parametrize("changes", [{"samples": 0}, {"interpolated": False}], ids=["limits", "other-shapes"])
+def test_no_interval_where_something_was_not_measured(quantity: str, changes: dict[str, Any]) -> None:
+    curve = on("cuda").latency[0]
+    curves = tuple(
+        replace(curve, quantity=q, **(changes if q == quantity else {}))
+        for q in ("cpu_expert", "gpu_expert", "host_to_device", "rest_of_step")
+    )
+    prediction = predict(on("cuda", latency=curves), sample_tables(), sampled(), WORKLOAD)
+    assert (prediction.interval, prediction.unmeasured) == (None, (quantity,))
 
 
 def test_features_that_are_on_are_simulated() -> None:
