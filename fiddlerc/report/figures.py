@@ -127,9 +127,9 @@ def throughput(prediction: Prediction) -> Figure:
         figure = Figure(figsize=(_WIDTH, 1.1 + 0.26 * len(names)), layout="constrained")
         panels = figure.subplots(1, 3, sharey=True)
         for axes, title, values in (
-            (panels[0], "decode, tokens/s", [r.decode_tokens_per_s for r in results]),
-            (panels[1], f"first token of {results[0].prefill_tokens}, s", [r.ttft_s for r in results]),
-            (panels[2], f"{results[0].beam_width} beams, tokens/s", [r.beam_tokens_per_s for r in results]),
+            (panels[0], "decode,\ntokens/s", [r.decode_tokens_per_s for r in results]),
+            (panels[1], f"first token of {results[0].prefill_tokens},\ns", [r.ttft_s for r in results]),
+            (panels[2], f"{results[0].beam_width} beams,\ntokens/s", [r.beam_tokens_per_s for r in results]),
         ):
             bars = axes.barh(names, values, color=[GPU if name == "ours" else "#b8c4cc" for name in names])
             axes.bar_label(bars, labels=[format_rate(value) for value in values], fontsize=7, padding=2)

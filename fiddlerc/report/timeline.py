@@ -63,9 +63,7 @@ def step_timeline(
     return Timeline(tuple(bars), now)
 
 
-def layer_timeline(
-    counts: npt.NDArray[np.int32], resident: npt.NDArray[np.bool_], latencies: Latencies
-) -> Timeline:
+def layer_timeline(counts: npt.NDArray[np.int32], resident: npt.NDArray[np.bool_], latencies: Latencies) -> Timeline:
     """The decision for a layer with counts [experts], laid out as docs/design.md has it (dispatch)."""
     decision = choose(counts, resident, latencies)
     c, g = look_up(latencies.cpu_us, counts), look_up(latencies.gpu_us, counts)

@@ -218,7 +218,7 @@ def test_a_timeline_ends_when_the_decision_says(rows: int) -> None:
 
 
 def test_a_step_is_all_layers_one_after_another() -> None:
-    """Every decoder layer has its part of the rest, those with experts their decision; nothing overlaps another layer."""
+    """Every decoder layer has its part of the rest, those with experts their decision; layers do not overlap."""
     rng = np.random.default_rng(3)
     tokens = np.arange(100, dtype=np.float32)
     latencies = Latencies(10 * tokens, tokens, 2.0, 3.0, 25.0, 0.1)
