@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -320,6 +321,7 @@ def calibrate(
 
     A model's experts are measured where they will lie when it runs: in the caches as far as the model fits there.
     """
+    _require_writable(output)
     sizes: dict[tuple[int, int], hardware.ModelBytes] = {}
     forms = {shape: ExpertForm(*shape) for shape in (QUICK_SHAPES if quick else DEFAULT_SHAPES)} if not models else {}
     for model in models:
@@ -345,6 +347,7 @@ def calibrate(
     )
     steps = [step for model in models for step in _measure_rest(model, calibration, progress)]
     calibration = dataclasses.replace(calibration, steps=tuple(steps))
+    output.parent.mkdir(parents=True, exist_ok=True)
     hardware.write_hardware(calibration, output)
     return calibration
 
@@ -379,6 +382,7 @@ def record_trace(
 
     By transformers; with a packed cache, or where that would not fit the memory, through kernels of ours.
     """
+    _require_writable(output)
     spec = frontend.load_model(model)
     if not Path(model).is_dir():
         raise FiddlerError(
@@ -598,6 +602,18 @@ def _generate(
         blockings=measured,
     )
     return dataclasses.replace(sources, spec=dataclasses.replace(sources.spec, tuning=tuning))
+
+
+def _require_writable(output: Path) -> None:
+    """Before anything slow: that a file can be written there."""
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        found = (
+            "a directory" if output.is_dir() else f"{folder}, which is {'read-only' if folder.is_dir() else 'a file'}"
+        )
+        raise FiddlerError(
+            f"cannot write to {output}", found=found, expected="a file in a folder to write to", hint="-o ANOTHER_FILE"
+        )
 
 
 def _require_tunable(request: CompileRequest, calibration: Calibration) -> None:

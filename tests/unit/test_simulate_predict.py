@@ -108,8 +108,25 @@ def test_other_words_are_no_workload(text: str) -> None:
 
 
 def test_a_workload_ends_with_the_context() -> None:
-    with pytest.raises(FiddlerError, match="longer than sample's context"):
+    with pytest.raises(FiddlerError, match="256 tokens, sample's context"):
         parse_workload(["prefill:257"], sample_model())
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("beam:99999999", "beam:3495"),
+        ("decode:1/9999999", "decode:1/223696"),
+        ("decode:99999999999/1", "decode:32/128"),
+        ("prefill:99999999999", "prefill:1000000"),
+    ],
+)
+def test_a_workload_that_cannot_be_replayed_says_what_can(text: str, hint: str) -> None:
+    spec = sample_model(max_context=10_000_001 if text == "decode:1/9999999" else 1_000_000, num_experts=150)
+    with pytest.raises(FiddlerError, match="too long") as caught:
+        parse_workload([text], spec)
+    assert caught.value.hint == f"--workload {hint}"
+    assert parse_workload([hint], spec)
 
 
 def test_every_strategy_is_predicted() -> None:
