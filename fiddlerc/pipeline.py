@@ -113,6 +113,8 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     fitted = latency.fit(calibration, model)
     dump("latency", fitted)
 
+    output = request.output or Path(f"{model.name}-{calibration.name}")
+    plan_format.check_destination(output)
     options = _options(request, model, calibration)
     steps = tracing.sample_steps(trace, popularity, model, options)
     dump("steps", {scenario: len(part.tokens) for scenario, part in steps.items()})
@@ -175,7 +177,6 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     files["report.html"] = report.render(told)
     if request.plots_dir is not None:
         _write_plots(request.plots_dir, report.plots(told))
-    output = request.output or Path(f"{model.name}-{calibration.name}")
     plan = plan_format.write_plan(output, header, tables, files)
     return Compiled(plan, library)
 
