@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,9 +68,12 @@ def with_config(folder: Path, name: str, **changes: object) -> Path:
     return model
 
 
-def compiled(folder: Path, isas: tuple[str, ...] | None = None) -> Path:
-    request = pipeline.CompileRequest(str(DEMO), "a100", output=folder / "plan", build=False, isas=isas)
-    return pipeline.compile_plan(request).plan.path
+def compiled(folder: Path, model: Path = DEMO, **options: Any) -> Path:
+    """A plan without its report, whose figures take most of the time."""
+    request = pipeline.CompileRequest(str(model), "a100", output=folder / "plan", build=False, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.report, "render", lambda told: b"<!doctype html>")
+        return pipeline.compile_plan(request).plan.path
 
 
 @cache
@@ -128,10 +132,7 @@ def onnx_file(folder: Path, moe: bool = True, data: bool = True) -> Path:
 
 
 def onnx_plan(folder: Path) -> Path:
-    request = pipeline.CompileRequest(
-        str(onnx_file(folder)), "a100", folder / "plan", build=False, kv_bytes_per_token=0
-    )
-    return pipeline.compile_plan(request).plan.path
+    return compiled(folder, onnx_file(folder), kv_bytes_per_token=0)
 
 
 def cut_short(folder: Path, path: Path, size: int) -> Path:

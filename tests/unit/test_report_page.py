@@ -31,6 +31,7 @@ from fiddlerc.report.page import crossover_tokens
 from fiddlerc.report.text import format_rate, format_us
 from fiddlerc.report.timeline import CPU_LANE, layer_timeline, step_timeline
 
+FIGURES = ("latency", "residuals", "throughput", "placement", "decode-step", "prefill-layer", "memory")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
@@ -124,6 +125,7 @@ def sample_page() -> bytes:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of the words alone."""
+    monkeypatch.setattr("fiddlerc.report.page._figures", lambda inputs: dict.fromkeys(FIGURES))
     monkeypatch.setattr("fiddlerc.report.figures.svg", lambda figure: "<svg></svg>")
 
 
@@ -185,9 +187,8 @@ def test_no_interval_is_claimed_for_what_nobody_measured() -> None:
 
 @pytest.mark.slow
 def test_figures_as_pictures() -> None:
-    names = {"latency", "residuals", "throughput", "placement", "decode-step", "prefill-layer", "memory"}
     pictures = report.plots(inputs(sample_header()))
-    assert set(pictures) == {f"{name}.png" for name in names}
+    assert set(pictures) == {f"{name}.png" for name in FIGURES}
     assert all(data.startswith(b"\x89PNG") for data in pictures.values())
     assert pictures == report.plots(inputs(sample_header()))
 
