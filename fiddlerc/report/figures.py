@@ -128,7 +128,7 @@ def throughput(prediction: Prediction) -> Figure:
         panels = figure.subplots(1, 3, sharey=True)
         for axes, title, values in (
             (panels[0], "decode,\ntokens/s", [r.decode_tokens_per_s for r in results]),
-            (panels[1], f"first token of {results[0].prefill_tokens},\ns", [r.ttft_s for r in results]),
+            (panels[1], f"first token\nof {results[0].prefill_tokens}, s", [r.ttft_s for r in results]),
             (panels[2], f"{results[0].beam_width} beams,\ntokens/s", [r.beam_tokens_per_s for r in results]),
         ):
             bars = axes.barh(names, values, color=[GPU if name == "ours" else "#b8c4cc" for name in names])
