@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -52,6 +53,7 @@ out = Console(highlight=False, soft_wrap=True, markup=False)
 
 INTERRUPTED = 130
 SWEEP_POINTS = 10
+MOST_MEMORY = 1 << 50  # 1 PiB: more is a slip of the pen
 
 
 class ObjectiveOption(StrEnum):
@@ -80,7 +82,10 @@ def parse_bytes(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is not an amount of memory, such as 24GiB, 24GB or 512MiB")
     number, prefix, binary = match.groups()
     power = "kMGT".index("k" if prefix == "K" else prefix) + 1 if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    size = float(number) * (1024 if binary else 1000) ** power
+    if size > MOST_MEMORY:
+        raise typer.BadParameter(f"{text!r} is more than {format_bytes(MOST_MEMORY)}")
+    return int(size)
 
 
 def parse_isas(text: str) -> tuple[str, ...]:
@@ -95,8 +100,8 @@ def parse_sweep(text: str) -> tuple[int, ...]:
         raise typer.BadParameter(f"{text!r} is not a sweep, such as gpu-memory=8GiB..80GiB")
     low, low_unit, high, high_unit = match.groups()
     first, last = parse_bytes(low + (low_unit or high_unit)), parse_bytes(high + (high_unit or low_unit))
-    if not 0 < first < last:
-        raise typer.BadParameter(f"{text!r} does not go from less to more")
+    if not 0 < first <= last - (SWEEP_POINTS - 1):
+        raise typer.BadParameter(f"{text!r} does not go from less to more, such as gpu-memory=8GiB..80GiB")
     return tuple(first + (last - first) * step // (SWEEP_POINTS - 1) for step in range(SWEEP_POINTS))
 
 
@@ -670,9 +675,11 @@ def predict(
     for result in prediction.results:
         cells = "".join(f"{getattr(result, field):22.4g}" for _, field in columns)
         out.print(f"{result.policy:24}{cells}{result.hit_rate:10.1%}  {result.kernels}")
-    low, high = prediction.interval
-    if (low, high) != (1.0, 1.0):
+    if prediction.interval is not None:
+        low, high = prediction.interval
         out.print(f"ours: 90 % of times are expected between {low:.2f} and {high:.2f} of the predicted ones")
+    else:
+        out.print(f"ours: no interval, since not measured of this model's shapes: {', '.join(prediction.unmeasured)}")
     if prediction.regimes is not None:
         slow, fast = prediction.regimes
         out.print(f"ours, by memory regime: {slow:.4g} (slow) to {fast:.4g} (fast) tokens/s in decode")
@@ -775,6 +782,10 @@ def run_command_line(arguments: Sequence[str]) -> int:
         return stop.exit_code
     except BrokenPipeError:
         return 141
+    except OSError as error:  # a full or failing disk, wherever it was noticed
+        err.print(f"[red]error:[/] {_escape(f'{error.strerror or error}: {error.filename or tempfile.gettempdir()}')}")
+        err.print("[cyan]hint:[/] df -h shows which disk is full; TMPDIR=FOLDER moves temporary files")
+        return 1
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if usage is None:

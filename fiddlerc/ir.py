@@ -275,13 +275,15 @@ class PolicyResult:
 class Prediction:
     """Our strategy first, then those of the literature.
 
-    regimes   decode tokens/s of ours in the (slow, fast) memory regime; None on machines with one
-    interval  factors on our times between which 90 % of them are expected
+    regimes     decode tokens/s of ours in the (slow, fast) memory regime; None on machines with one
+    interval    factors on our times between which 90 % of them are expected; None where something is unmeasured
+    unmeasured  quantities (CurveSummary) that were not measured of this model's own shapes
     """
 
     results: tuple[PolicyResult, ...]
     regimes: tuple[float, float] | None
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
+    unmeasured: tuple[str, ...]
 
 
 # Our own node in ONNX files (docs/onnx.md), and the key of a file's metadata under which an OnnxDescription is.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -112,6 +113,8 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     fitted = latency.fit(calibration, model)
     dump("latency", fitted)
 
+    output = request.output or Path(f"{model.name}-{calibration.name}")
+    plan_format.check_destination(output)
     options = _options(request, model, calibration)
     steps = tracing.sample_steps(trace, popularity, model, options)
     dump("steps", {scenario: len(part.tokens) for scenario, part in steps.items()})
@@ -174,7 +177,6 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     files["report.html"] = report.render(told)
     if request.plots_dir is not None:
         _write_plots(request.plots_dir, report.plots(told))
-    output = request.output or Path(f"{model.name}-{calibration.name}")
     plan = plan_format.write_plan(output, header, tables, files)
     return Compiled(plan, library)
 
@@ -246,10 +248,12 @@ def predict(request: PredictRequest, progress: Progress | None = None) -> Predic
             "routing is drawn from the popularity of each expert, independently of the other layers and tokens; "
             "a recorded --trace replays real text"
         )
-    if not any(curve.quantity == "rest_of_step" and curve.samples for curve in header.latency):
+    rest = [curve for curve in header.latency if curve.quantity == "rest_of_step" and curve.samples]
+    if not any(curve.interpolated for curve in rest):
+        basis = "other models' steps" if rest else "the machine's limits"
         lines.append(
-            "attention and all else outside the routed experts was not measured here: its time follows from the "
-            f"machine's limits; `fiddlerc calibrate --model {model.name}` measures it"
+            "attention and all else outside the routed experts was not measured of this model: its time follows from "
+            f"{basis}; `fiddlerc calibrate --model MODEL_DIR` measures it, with {model.name}'s weights"
         )
     return Predicted(header, workload, prediction, tuple(lines), tuple(sweep))
 
@@ -318,6 +322,7 @@ def calibrate(
 
     A model's experts are measured where they will lie when it runs: in the caches as far as the model fits there.
     """
+    _require_writable(output)
     sizes: dict[tuple[int, int], hardware.ModelBytes] = {}
     forms = {shape: ExpertForm(*shape) for shape in (QUICK_SHAPES if quick else DEFAULT_SHAPES)} if not models else {}
     for model in models:
@@ -343,6 +348,7 @@ def calibrate(
     )
     steps = [step for model in models for step in _measure_rest(model, calibration, progress)]
     calibration = dataclasses.replace(calibration, steps=tuple(steps))
+    output.parent.mkdir(parents=True, exist_ok=True)
     hardware.write_hardware(calibration, output)
     return calibration
 
@@ -377,6 +383,7 @@ def record_trace(
 
     By transformers; with a packed cache, or where that would not fit the memory, through kernels of ours.
     """
+    _require_writable(output)
     spec = frontend.load_model(model)
     if not Path(model).is_dir():
         raise FiddlerError(
@@ -596,6 +603,18 @@ def _generate(
         blockings=measured,
     )
     return dataclasses.replace(sources, spec=dataclasses.replace(sources.spec, tuning=tuning))
+
+
+def _require_writable(output: Path) -> None:
+    """Before anything slow: that a file can be written there."""
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        found = (
+            "a directory" if output.is_dir() else f"{folder}, which is {'read-only' if folder.is_dir() else 'a file'}"
+        )
+        raise FiddlerError(
+            f"cannot write to {output}", found=found, expected="a file in a folder to write to", hint="-o ANOTHER_FILE"
+        )
 
 
 def _require_tunable(request: CompileRequest, calibration: Calibration) -> None:

@@ -85,7 +85,12 @@ def bench(
 
     for name in request.scenarios:
         if name not in SCENARIOS:
-            raise FiddlerError("unknown scenario", found=repr(name), expected="one or more of " + ", ".join(SCENARIOS))
+            raise FiddlerError(
+                "unknown scenario",
+                found=repr(name),
+                expected="one or more of " + ", ".join(SCENARIOS),
+                hint="--scenarios " + ",".join(SCENARIOS),
+            )
     tokenizer = load_tokenizer(request.model_dir)
     ids = tokenizer(read_text(request.text or OUR_TEXT), return_tensors="pt")["input_ids"]
     longest = max(request.prompt_tokens, request.prefill_tokens if "prefill" in request.scenarios else 0)

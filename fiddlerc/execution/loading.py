@@ -37,6 +37,7 @@ def load_tokenizer(model_dir: Path) -> Any:
             f"cannot load a tokenizer from {model_dir}",
             found=str(error).strip().splitlines()[0],
             expected="tokenizer.json and tokenizer_config.json beside config.json",
+            hint="download the whole model, e.g. hf download ORGANISATION/MODEL --local-dir DIR",
         ) from None
 
 
@@ -80,7 +81,15 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise FiddlerError(
-            f"cannot read the text file {path}", found=error.strerror, expected="a UTF-8 text file"
+            f"cannot read the text file {path}",
+            found=error.strerror,
+            expected="a UTF-8 text file",
+            hint=f"--text FILE; ls {path.parent}   shows what is there",
         ) from None
     except UnicodeDecodeError:
-        raise FiddlerError(f"cannot read the text file {path}", found="bytes that are not UTF-8") from None
+        raise FiddlerError(
+            f"cannot read the text file {path}",
+            found="bytes that are not UTF-8",
+            expected="a UTF-8 text file",
+            hint=f"iconv -f latin1 -t UTF-8 {path} > OTHER_FILE",
+        ) from None

@@ -83,4 +83,9 @@ class Config:
                 expected=f"{key}, {expected}",
                 hint="download the model's config.json again",
             )
-        return FiddlerError(f"wrong value for {key} in {self.where}", found=str(found)[:60], expected=expected)
+        return FiddlerError(
+            f"wrong value for {key} in {self.where}",
+            found=str(found)[:60],
+            expected=expected,
+            hint="download the model's config.json again",
+        )

@@ -18,7 +18,7 @@ from ..ir import Calibration, CurveSummary, LatencyModel, Placement, Prediction
 from .text import format_rate
 from .timeline import LANES, Timeline
 
-_WIDTH = 6.0  # inches: on a phone's screen text of 10 points is still read, and a page of text is filled
+_WIDTH = 5.0  # inches, or 360 points: about the pixels of a phone's page, where a point is a pixel then
 _LABEL_WIDTH = 0.013  # of one character in a bar, as part of the axis
 CPU, SLOW, GPU, COPY = "#c2571a", "#e3a06f", "#1f6f8b", "#6b6b6b"
 _STYLE = {
@@ -26,7 +26,7 @@ _STYLE = {
     "svg.hashsalt": "fiddlerc",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -127,9 +127,9 @@ def throughput(prediction: Prediction) -> Figure:
         figure = Figure(figsize=(_WIDTH, 1.1 + 0.26 * len(names)), layout="constrained")
         panels = figure.subplots(1, 3, sharey=True)
         for axes, title, values in (
-            (panels[0], "decode, tokens/s", [r.decode_tokens_per_s for r in results]),
-            (panels[1], f"first token of {results[0].prefill_tokens}, s", [r.ttft_s for r in results]),
-            (panels[2], f"{results[0].beam_width} beams, tokens/s", [r.beam_tokens_per_s for r in results]),
+            (panels[0], "decode,\ntokens/s", [r.decode_tokens_per_s for r in results]),
+            (panels[1], f"first token\nof {results[0].prefill_tokens}, s", [r.ttft_s for r in results]),
+            (panels[2], f"{results[0].beam_width} beams,\ntokens/s", [r.beam_tokens_per_s for r in results]),
         ):
             bars = axes.barh(names, values, color=[GPU if name == "ours" else "#b8c4cc" for name in names])
             axes.bar_label(bars, labels=[format_rate(value) for value in values], fontsize=7, padding=2)
@@ -141,25 +141,49 @@ def throughput(prediction: Prediction) -> Figure:
         return figure
 
 
+_KINDS = {
+    "rest": ("attention and the like", "#b9b4a6"),
+    "entry": ("entering a lane", "#dcdcdc"),
+    "copy": ("copy", COPY),
+    "resident": ("(a) resident", GPU),
+    "streamed": ("(b) streamed", "#5aa7bf"),
+    "cpu": ("(c) CPU", CPU),
+}
+
+
 def gantt(timeline: Timeline) -> Figure:
-    """One layer: what each lane does when."""
+    """What each lane does when, in one layer or a whole step; of a step, layers are numbered above."""
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(_WIDTH, 1.9), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 2.3), layout="constrained")
         axes = figure.add_subplot()
         unit, name = (1e3, "milliseconds") if timeline.end_us >= 2000 else (1.0, "microseconds")
-        for bar in timeline.bars:
-            start, length = bar.start_us / unit, (bar.end_us - bar.start_us) / unit
-            color = {"entry": "#d8d8d8", "copy": COPY, "resident": GPU, "streamed": "#5aa7bf", "cpu": CPU}[bar.kind]
-            axes.barh(bar.lane, length, left=start, color=color, edgecolor="white", linewidth=0.5)
-            if length * unit > _LABEL_WIDTH * len(bar.label) * timeline.end_us:
-                axes.text(
-                    start + length / 2, bar.lane, bar.label, ha="center", va="center", fontsize=6.5, color="white"
-                )
+        layers = [bar for bar in timeline.bars if bar.kind == "rest"]
+        line = 0.0 if layers else 0.5  # a step's bars are thinner than lines between them
+        for kind, (label, color) in _KINDS.items():
+            for lane in range(len(LANES)):
+                bars = [bar for bar in timeline.bars if (bar.kind, bar.lane) == (kind, lane)]
+                if bars:
+                    spans = [(bar.start_us / unit, (bar.end_us - bar.start_us) / unit) for bar in bars]
+                    axes.broken_barh(
+                        spans, (lane - 0.4, 0.8), facecolor=color, edgecolor="white", linewidth=line, label=label
+                    )
+                    label = "_"  # once in the legend
+        for bar in [] if layers else timeline.bars:
+            length = bar.end_us - bar.start_us
+            if length > _LABEL_WIDTH * len(bar.label) * timeline.end_us:
+                middle = (bar.start_us + length / 2) / unit
+                axes.text(middle, bar.lane, bar.label, ha="center", va="center", fontsize=7, color="white")
         axes.axvline(timeline.end_us / unit, color="#222", linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(LANES)), LANES)
         axes.set_ylim(len(LANES) - 0.5, -0.5)
         axes.set_xlim(0, 1.02 * timeline.end_us / unit)
         axes.set_xlabel(name)
+        if layers:
+            shown = layers[:: max(1, len(layers) // 8)]
+            above = axes.secondary_xaxis("top")
+            names = [f"layer {shown[0].label}", *(bar.label for bar in shown[1:])]
+            above.set_xticks([bar.start_us / unit for bar in shown], names, fontsize=8)
+        figure.legend(frameon=False, ncols=3, fontsize=8, loc="outside upper left")
         return figure
 
 
@@ -203,7 +227,7 @@ def memory(used: Sequence[tuple[str, int]], total_bytes: int) -> Figure:
         axes.set_xlim(0, max(left, total_bytes / unit))
         axes.set_yticks([])
         axes.set_xlabel(f"{name} of {total_bytes / unit:.4g}")
-        axes.legend(ncols=3, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.75))
+        axes.legend(ncols=2, frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         return figure
 
 

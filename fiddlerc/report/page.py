@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
+import numpy.typing as npt
 
-from fiddler_runtime.makespan import Decision, choose, dense, makespans
+from fiddler_runtime.makespan import Decision, Latencies, choose, dense, makespans
 from fiddler_runtime.plan import Header
 from fiddler_runtime.text import format_bytes
 
 from ..ir import Calibration, LatencyModel, MemoryBudget, Placement, Prediction, Scenario, Steps, Tables
 from .text import format_rate, format_us
-from .timeline import Timeline, timeline
+from .timeline import ACCELERATOR_LANE, CPU_LANE, Timeline, layer_timeline, step_timeline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,25 +88,47 @@ def _figures(inputs: Inputs) -> dict[str, Figure]:
         "residuals": figures.residuals(header, calibration, fitted),
         "throughput": figures.throughput(inputs.prediction),
         "placement": figures.placement(header, inputs.placement),
-        "decode-layer": figures.gantt(_typical_layer(inputs, "decode")),
-        "prefill-layer": figures.gantt(_typical_layer(inputs, "prefill")),
+        "decode-step": figures.gantt(_decode_step(inputs)),
+        "prefill-layer": figures.gantt(_prefill_layer(inputs)),
         "memory": figures.memory(_memory(inputs), inputs.budget.total_bytes) if inputs.budget.total_bytes else None,
     }
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def _typical_layer(inputs: Inputs, scenario: Scenario) -> Timeline:
-    """The layer of median makespan among the held-out steps with most tokens."""
-    header, steps = inputs.header, inputs.steps[scenario]
-    split = any(feature.name == "split" and feature.on for feature in header.features)
-    latencies = dense(inputs.tables, rows=header.model.intermediate_size if split else 0)
-    longest = steps.tokens == steps.tokens[steps.heldout].max()
-    counts = steps.counts[steps.heldout & longest]
-    resident = inputs.placement.resident
+def _decode_step(inputs: Inputs) -> Timeline:
+    """All layers of the held-out step of one token whose experts take the median time."""
+    header, steps = inputs.header, inputs.steps["decode"]
+    latencies, resident = _latencies(inputs), inputs.placement.resident
+    counts = steps.counts[steps.heldout]
     layers = np.tile(resident, (len(counts), 1))
     spans = makespans(counts.reshape(-1, counts.shape[2]), layers, latencies).makespan_us
-    middle = int(np.argsort(spans, kind="stable")[len(spans) // 2])
-    return timeline(counts.reshape(-1, counts.shape[2])[middle], layers[middle], latencies)
+    middle = _median_index(spans.reshape(len(counts), -1).sum(axis=1))
+    rest_us = float(np.interp(1, inputs.latency.tokens, inputs.latency.rest_us))
+    rest_us += inputs.latency.rest_kv_us * int(steps.kv[steps.heldout][middle])
+    moe = [layer in header.model.moe_layers for layer in range(header.model.num_layers)]
+    # As in the simulation: without a GPU the CPU runs the rest of a step.
+    lane = ACCELERATOR_LANE if inputs.calibration.machine.accelerator.kind == "cuda" else CPU_LANE
+    return step_timeline(counts[middle], resident, latencies, moe, rest_us, lane)
+
+
+def _prefill_layer(inputs: Inputs) -> Timeline:
+    """The layer of median makespan among the longest held-out prompts."""
+    steps, latencies, resident = inputs.steps["prefill"], _latencies(inputs), inputs.placement.resident
+    longest = steps.tokens == steps.tokens[steps.heldout].max()
+    counts = steps.counts[steps.heldout & longest]
+    layers = np.tile(resident, (len(counts), 1))
+    flat = counts.reshape(-1, counts.shape[2])
+    middle = _median_index(makespans(flat, layers, latencies).makespan_us)
+    return layer_timeline(flat[middle], layers[middle], latencies)
+
+
+def _latencies(inputs: Inputs) -> Latencies:
+    split = any(feature.name == "split" and feature.on for feature in inputs.header.features)
+    return dense(inputs.tables, rows=inputs.header.model.intermediate_size if split else 0)
+
+
+def _median_index(values: npt.NDArray[np.float64]) -> int:
+    return int(np.argsort(values, kind="stable")[len(values) // 2])
 
 
 def _memory(inputs: Inputs) -> list[tuple[str, int]]:

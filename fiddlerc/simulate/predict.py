@@ -52,7 +52,7 @@ def predict(
 
     With two memory regimes the results are those of the one seen most. `interval` are factors on our decode time with
     every latency curve at the lower, or upper, end of its interval at once: wider than 90 % if their errors are
-    independent.
+    independent. An interval of sizes held out says nothing of what was never measured, so then there is none.
     """
     setting, steps = plan_setting(header, tables), {scenario: heldout(part) for scenario, part in steps.items()}
     usable = [policy for policy in policies if setting.has_accelerator or not policy.needs_accelerator]
@@ -68,11 +68,24 @@ def predict(
     if len(tables.regime_shares) > 1:
         fast, slow = (_decode(policies[0], steps, plan_setting(header, tables, row), workload)[0] for row in (0, 1))
         regimes = (_round(slow), _round(fast))
-    low, likely, high = (
-        1.0 / _decode(policies[0], steps, plan_setting(header, scaled), workload)[0]
-        for scaled in (_scaled(tables, header, "low"), tables, _scaled(tables, header, "high"))
-    )
-    return Prediction(tuple(results), regimes, (_round(low / likely), _round(high / likely)))
+    unmeasured = _unmeasured(header)
+    interval = None
+    if not unmeasured:
+        low, likely, high = (
+            1.0 / _decode(policies[0], steps, plan_setting(header, scaled), workload)[0]
+            for scaled in (_scaled(tables, header, "low"), tables, _scaled(tables, header, "high"))
+        )
+        interval = (_round(low / likely), _round(high / likely))
+    return Prediction(tuple(results), regimes, interval, unmeasured)
+
+
+def _unmeasured(header: Header) -> tuple[str, ...]:
+    """Quantities that a step takes on this machine without samples of this model's own shapes."""
+    needed = ["cpu_expert", "rest_of_step"]
+    if header.hardware.machine.accelerator.kind != "none":
+        needed[1:1] = ["gpu_expert", "host_to_device"]
+    measured = {curve.quantity for curve in header.latency if curve.samples and curve.interpolated}
+    return tuple(quantity for quantity in needed if quantity not in measured)
 
 
 def plan_setting(header: Header, tables: Tables, regime: int | None = None) -> Setting:
@@ -118,10 +131,11 @@ def _seconds(policy: Policy, steps: Steps, setting: Setting) -> float:
 def _scaled(tables: Tables, header: Header, end: str) -> Tables:
     """All latencies at one end of their intervals."""
 
+    by_quantity: dict[str, CurveSummary] = {curve.quantity: curve for curve in header.latency}
+
     def factor(quantity: str) -> np.float32:
-        curves: list[CurveSummary] = [curve for curve in header.latency if curve.quantity == quantity]
-        value = (curves[0].interval_low if end == "low" else curves[0].interval_high) if curves else 1.0
-        return np.float32(value)
+        curve = by_quantity.get(quantity)  # without an accelerator there are none of its
+        return np.float32(1.0 if curve is None else curve.interval_low if end == "low" else curve.interval_high)
 
     rest = factor("rest_of_step")
     scalars = tables.scalars_us * np.array([1, 1, factor("host_to_device")], np.float32)

@@ -15,6 +15,9 @@ from ..ir import ModelSpec, Scenario, Steps
 
 BEAM_INPUT, BEAM_OUTPUT = 32, 64
 
+MOST_COUNTS = 1 << 26
+"""Of steps x layers x experts: a quarter of a gigabyte, and several times that while they are replayed."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -41,38 +44,55 @@ def default_workload(spec: ModelSpec) -> Workload:
 def parse_workload(texts: Sequence[str], spec: ModelSpec) -> Workload:
     """'decode:IN/OUT', 'prefill:TOKENS', 'beam:WIDTH', or 'all' for the default of each.
 
-    Raises FiddlerError for other words, for zeros, and for what is longer than the model's context.
+    Raises FiddlerError for other words, for zeros, for what is longer than the model's context, and for more steps
+    than can be replayed.
     """
     workload, asked = default_workload(spec), list[Scenario]()
+    steps = MOST_COUNTS // (len(spec.moe_layers) * spec.num_experts)
     for text in texts:
-        if text == "all":
+        kind, numbers = _parse(text)
+        if kind == "all":
             asked += ["decode", "prefill", "beam"]
-        elif (found := re.fullmatch(r"decode:(\d+)/(\d+)", text)) and all(int(n) for n in found.groups()):
+        elif kind == "decode":
             asked.append("decode")
-            workload = replace(workload, input_tokens=int(found[1]), output_tokens=int(found[2]))
-        elif (found := re.fullmatch(r"prefill:(\d+)", text)) and int(found[1]):
+            given, written = numbers
+            _at_most(spec.max_context, sum(numbers), text, f"tokens, {spec.name}'s context", "decode:32/128")
+            _at_most(steps, written, text, "steps that can be replayed", f"decode:{given}/{steps}")
+            workload = replace(workload, input_tokens=given, output_tokens=written)
+        elif kind == "prefill":
             asked.append("prefill")
-            workload = replace(workload, prefill_tokens=int(found[1]))
-        elif (found := re.fullmatch(r"beam:(\d+)", text)) and int(found[1]):
-            asked.append("beam")
-            workload = replace(workload, beam_width=int(found[1]))
+            limit = spec.max_context
+            _at_most(limit, numbers[0], text, f"tokens, {spec.name}'s context", f"prefill:{limit}")
+            workload = replace(workload, prefill_tokens=numbers[0])
         else:
-            raise FiddlerError(
-                "no such workload",
-                found=text,
-                expected="decode:IN/OUT, prefill:TOKENS, beam:WIDTH or all",
-                hint="--workload decode:32/128",
-            )
-    longest = max(workload.input_tokens + workload.output_tokens, workload.prefill_tokens)
-    if longest > spec.max_context:
-        raise FiddlerError(
-            f"the workload is longer than {spec.name}'s context",
-            found=f"{longest} tokens",
-            expected=f"at most {spec.max_context}",
-            hint=f"--workload prefill:{spec.max_context}",
-        )
+            asked.append("beam")
+            limit = steps // BEAM_OUTPUT
+            _at_most(limit, numbers[0], text, "beams that can be replayed", f"beam:{limit}")
+            workload = replace(workload, beam_width=numbers[0])
     order: tuple[Scenario, ...] = ("decode", "prefill", "beam")
     return replace(workload, scenarios=tuple(s for s in order if s in asked) or order)
+
+
+def _parse(text: str) -> tuple[str, tuple[int, ...]]:
+    """'decode:32/128' -> ('decode', (32, 128)), and alike."""
+    found = re.fullmatch(r"(all)|(decode):(\d{1,15})/(\d{1,15})|(prefill|beam):(\d{1,15})", text)
+    parts = [part for part in found.groups() if part is not None] if found is not None else [""]
+    numbers = tuple(int(part) for part in parts[1:])
+    if found is None or 0 in numbers:
+        raise FiddlerError(
+            "no such workload",
+            found=text,
+            expected="decode:IN/OUT, prefill:TOKENS, beam:WIDTH or all",
+            hint="--workload decode:32/128",
+        )
+    return parts[0], numbers
+
+
+def _at_most(limit: int, number: int, text: str, what: str, instead: str) -> None:
+    if number > limit:
+        raise FiddlerError(
+            "the workload is too long", found=text, expected=f"at most {limit} {what}", hint=f"--workload {instead}"
+        )
 
 
 def heldout(steps: Steps) -> Steps:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fiddler_runtime import strict
-from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.errors import FiddlerError, hinted
 from fiddlerc.ir import ModelSpec, Trace
 
 from .check import PREFILL, check
@@ -24,6 +24,10 @@ class _Counts:
     counts: tuple[tuple[int, ...], ...]
 
 
+_FORM = '{"model": "…", "text": "…", "tokens": 1000, "counts": [[…], …]}, a row of one count per expert for every layer'
+
+
+@hinted(f"give a file of the form {_FORM}")
 def from_counts(path: Path, spec: ModelSpec) -> Trace:
     """Imports counts as a trace without tokens.
 

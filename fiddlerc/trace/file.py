@@ -17,7 +17,7 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from fiddler_runtime import strict
-from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.errors import FiddlerError, hinted
 from fiddler_runtime.safetensors_header import TensorInfo, read_header
 from fiddlerc.ir import ModelSpec, Trace
 
@@ -56,6 +56,7 @@ def write_trace(trace: Trace, path: Path) -> None:
     _write_atomically(path, data)
 
 
+@hinted("fiddlerc trace MODEL --text FILE -o trace.safetensors")
 def read_trace(path: Path, spec: ModelSpec) -> Trace:
     """Reads a trace of the model `spec`. For one from an ONNX file, any trace of as many layers, experts and choices.
 
@@ -107,7 +108,6 @@ def _read_header(metadata: Mapping[str, str], what: str) -> _Header:
             f"{what} is not a trace",
             found="a safetensors file without its header",
             expected="a file that `fiddlerc trace` wrote",
-            hint="fiddlerc trace MODEL --text FILE -o trace.safetensors",
         )
     value = strict.parse(metadata[_KEY].encode(), f"the header of {what}")
     # The version first: a newer header may well have other keys.

@@ -222,11 +222,15 @@ def read_config(model_dir: Path) -> dict[str, Any]:
             hint="download the whole model, e.g. hf download ORGANISATION/MODEL --local-dir DIR",
         ) from None
     except OSError as error:
-        raise FiddlerError(f"cannot read {path}", found=error.strerror or str(error)) from None
+        raise FiddlerError(
+            f"cannot read {path}", found=error.strerror or str(error), expected="a readable file", hint=f"ls -l {path}"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise FiddlerError(f"{path} is not valid JSON", found=str(error), hint=DOWNLOAD_AGAIN) from None
     if not isinstance(value, dict):
-        raise FiddlerError(f"{path} is not a model's config", found=type(value).__name__, expected="an object")
+        raise FiddlerError(
+            f"{path} is not a model's config", found=type(value).__name__, expected="an object", hint=DOWNLOAD_AGAIN
+        )
     return value
 
 

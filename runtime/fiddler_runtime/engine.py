@@ -22,7 +22,7 @@ from .captured.layers import CapturedLayers
 from .captured.native import NativeStep
 from .counters import PHASES, Counters, Phase
 from .dispatch import Dispatcher
-from .drift import LANES, Drift
+from .drift import LANES, Drift, Setup
 from .errors import FiddlerError, FiddlerWarning
 from .lanes.accelerator import AcceleratorLanes
 from .lanes.device import Device, open_device
@@ -148,7 +148,7 @@ class Engine:
         self._lanes = AcceleratorLanes(self._device, self._store, accelerator, lane)
         self._tables = tables
         self._captured: CapturedLayers | None = None
-        self._drift = Drift(self.plan)
+        self._drift = Drift(self.plan, Setup(self._device.kind, self._kernels.threads, self._kernels.isa))
         self._description = self._describe()
 
     @property
@@ -354,10 +354,11 @@ class Engine:
 
     def _watch(self, predicted_us: npt.NDArray[np.float32], actual_us: tuple[float, float]) -> None:
         """Warns, once, when a lane is not as fast or slow as the plan says."""
+        now_s = time.monotonic()
         for lane, predicted, actual in zip(LANES, predicted_us.tolist(), actual_us, strict=True):
             # On a GPU the queue's thread is done before the GPU is: its time is not the lane's.
             if predicted > 0 and not (lane == "accelerator" and self._device.kind == "cuda"):
-                self._drift.note(lane, predicted, actual)
+                self._drift.note(lane, now_s, predicted, actual)
         message = self._drift.message()
         if message is not None:
             warnings.warn(message, FiddlerWarning, stacklevel=4)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FiddlerError(Exception):
     """A user's mistake or a machine's lack, told in one line and a hint.
@@ -39,3 +42,14 @@ class FiddlerError(Exception):
 
 class FiddlerWarning(UserWarning):
     """Something works, but not as well as the user may believe."""
+
+
+@contextmanager
+def hinted(hint: str) -> Iterator[None]:
+    """Errors from inside that have no hint get this one. A decorator too."""
+    try:
+        yield
+    except FiddlerError as error:
+        if error.hint is not None:
+            raise
+        raise FiddlerError(error.what, found=error.found, expected=error.expected, hint=hint) from None

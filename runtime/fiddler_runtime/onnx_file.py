@@ -168,7 +168,12 @@ def read_initializers(path: Path) -> dict[str, TensorInfo]:
                     tensors[tensor.name] = tensor.locate(wire, path, sizes)
             return tensors
     except OSError as error:
-        raise FiddlerError(f"cannot read {what}", found=error.strerror or str(error)) from None
+        raise FiddlerError(
+            f"cannot read {what}",
+            found=error.strerror or str(error),
+            expected="an ONNX file",
+            hint="fiddlerc export-onnx MODEL_DIR -o FILE.onnx",
+        ) from None
 
 
 @dataclass

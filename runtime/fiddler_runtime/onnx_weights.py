@@ -50,6 +50,7 @@ class OnnxCheckpoint(Checkpoint):
                 f"no such ONNX file: {model_dir}",
                 found="a directory" if model_dir.is_dir() else "nothing",
                 expected="the file that the plan was compiled from",
+                hint="--experts FILE.onnx",
             )
         return OnnxCheckpoint(model_dir, read_initializers(model_dir))
 

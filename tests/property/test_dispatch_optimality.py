@@ -229,6 +229,28 @@ def test_fewer_tokens_never_take_longer(
     assert after <= before * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+def test_fewer_tokens_never_take_longer_beyond_twelve_misses(machine: Callable[[Rng], Latencies]) -> None:
+    """Where not all subsets are tried, and across the border to where they are, since some experts lose all tokens."""
+    rng = np.random.default_rng(20262)
+    crossed = beyond = 0
+    for _ in range(1500):
+        experts = int(rng.integers(13, 65))
+        latencies = replace(machine(rng), rows=int(rng.choice([0, 100, 640])))
+        counts = rng.multinomial(int(2 ** rng.uniform(4, 11)), rng.dirichlet(np.ones(experts))).astype(np.int32)
+        resident = rng.random(experts) < rng.choice([0.0, 0.3])
+        fewer = rng.binomial(counts, rng.choice([0.1, 0.5, 0.9], experts)).astype(np.int32)
+        if rng.random() < 0.5:  # one token less, in one expert
+            fewer = counts - (np.arange(experts) == rng.choice(np.flatnonzero(counts)))
+        before, after = ((n > 0) & ~resident for n in (counts, fewer))
+        beyond += before.sum() > makespan.EXACT_MISSES
+        crossed += before.sum() > makespan.EXACT_MISSES >= after.sum()
+        least = choose(counts, resident, latencies).makespan_us
+        assert choose(fewer, resident, latencies).makespan_us <= least * (1 + 1e-9)
+    print(f"{machine.__name__}: {beyond} layers beyond {makespan.EXACT_MISSES} misses, {crossed} of them across")
+    assert beyond > 1000 and crossed > 50
+
+
 @given(layers, tables_of_any_kind, st.sets(st.sampled_from(ALL), min_size=1))
 def test_only_allowed_strategies_are_chosen(
     layer: list[tuple[int, bool]], latencies: Latencies, allow: set[str]

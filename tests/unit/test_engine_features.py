@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from plan_samples import sample_header, sample_tables
 from runtime_samples import every_third, small_spec, write_sample_plan
 
 from fiddler_runtime.ahead import Ahead
-from fiddler_runtime.drift import LEAST_LAYERS, WARM_UP, Drift
+from fiddler_runtime.drift import LEAST_LAYERS, WARM_UP, WINDOW_S, Drift, Setup
 from fiddler_runtime.engine import Engine
 from fiddler_runtime.errors import FiddlerWarning
 from fiddler_runtime.kernels import empty_packed
@@ -169,17 +170,34 @@ def test_guesses_are_votes() -> None:
     assert ahead.guess(2, np.array([1, 1, 1, 1], np.int32)) is None, "the last layer"
 
 
-def drifting(ratio: float, *, provenance: str = "measured", slow: float | None = None) -> str | None:
-    """What a lane is said to do that takes `ratio` times its prediction; slow: the slow regime's factor."""
+AS_PLANNED = Setup("simulated", 7, "avx512_bf16")  # the sample's machine has 8 cores
+
+
+def drift_of(here: Setup = AS_PLANNED, *, provenance: str = "measured", slow: float | None = None) -> Drift:
+    """slow: the slow regime's factor."""
     header = sample_header()
     hardware = replace(header.hardware, provenance=provenance)  # type: ignore[arg-type]
     tables = sample_tables()
     if slow is not None:
         both = np.concatenate([tables.cpu_us, np.float32(slow) * tables.cpu_us])
         tables = sample_tables(cpu_us=both, regime_shares=np.array([0.5, 0.5], np.float32))
-    drift = Drift(Plan(Path("plan"), replace(header, hardware=hardware), tables))
+    return Drift(Plan(Path("plan"), replace(header, hardware=hardware), tables), here)
+
+
+def work(drift: Drift, begin_s: float, seconds: float, ratio: float, layer_s: float = 0.01) -> str | None:
+    """What is said when the CPU lane takes `ratio` times its prediction, layer after layer, for so long."""
+    said = None
+    for layer in range(round(seconds / layer_s)):
+        drift.note("cpu", begin_s + layer * layer_s, 1000.0, 1000.0 * ratio)
+        said = said or drift.message()
+    return said
+
+
+def drifting(ratio: float, here: Setup = AS_PLANNED, **options: Any) -> str | None:
+    """What a lane is said to do that takes `ratio` times its prediction from the start."""
+    drift = drift_of(here, **options)
     for layer in range(WARM_UP + LEAST_LAYERS):
-        drift.note("cpu", 1000.0, 1000.0 * (50.0 if layer < WARM_UP else ratio))
+        drift.note("cpu", layer / 1000, 1000.0, 1000.0 * (50.0 if layer < WARM_UP else ratio))
         if layer < WARM_UP + LEAST_LAYERS - 1:
             assert drift.message() is None, "too early to tell"
     said = drift.message()
@@ -206,11 +224,45 @@ def test_a_slow_regime_is_as_planned() -> None:
     assert drifting(2.0, slow=1.5) is not None
 
 
+def test_the_last_seconds_count_and_not_the_past() -> None:
+    """An hour as planned does not hide a drift, and what is over is not held against the plan."""
+    drift = drift_of()
+    assert work(drift, 0, 60, 1.0) is None
+    assert work(drift, 60, WINDOW_S, 1.4) is not None, "within the window"
+    drift = drift_of()
+    assert work(drift, 0, 60, 1.2) is None
+    assert work(drift, 60, WINDOW_S / 10, 1.6) is None, "too short to tell"
+    assert work(drift, 60 + WINDOW_S / 10, 60, 1.2) is None
+
+
+def test_long_layers_are_judged_by_their_number() -> None:
+    """A layer a second: the window alone would never see enough of them."""
+    assert work(drift_of(), 0, WARM_UP + LEAST_LAYERS - 1, 1.5, layer_s=1.0) is None
+    drift = drift_of()
+    assert work(drift, 0, WARM_UP + LEAST_LAYERS, 1.0, layer_s=1.0) is None
+    assert work(drift, 1000, LEAST_LAYERS, 1.5, layer_s=1.0) is not None
+
+
+@pytest.mark.parametrize(
+    ("here", "why", "mend"),
+    [
+        (Setup("none", 8, "avx2"), "no accelerator and 8 CPU threads with avx2", "calibrate --accelerator none"),
+        (Setup("simulated", 1, "avx2"), "a simulated accelerator and 1 CPU thread with avx2", "leave out --threads"),
+        (Setup("simulated", 7, "scalar"), "7 CPU threads with scalar kernels", "--isa"),
+    ],
+)
+def test_a_plan_for_something_else_is_no_drift_of_the_machine(here: Setup, why: str, mend: str) -> None:
+    said = drifting(0.26, here)
+    assert said is not None
+    assert f"the plan is for {AS_PLANNED}, and this runs on " in said and why in said and mend in said
+    assert "other programs" not in said
+
+
 def test_an_engine_warns_once_of_a_plan_that_is_wrong(tmp_path: Path, experts) -> None:  # type: ignore[no-untyped-def]
     plan = write_sample_plan(tmp_path / "plan", SPEC, us=1e5)  # every token ten times a second
     with Engine(plan, ExpertWeights.from_tensors(experts), strategies=("cpu",)) as engine, warnings.catch_warnings():
         warnings.simplefilter("error", FiddlerWarning)
-        step = steps((1500,))[0]
+        step = steps((100,))[0]
         with pytest.raises(FiddlerWarning, match="CPU lane takes 0"):
             for _ in range(2000):
                 engine.moe(0, *step)

@@ -13,7 +13,7 @@ import pytest
 from plan_samples import sample_header, sample_machine, sample_model, sample_tables
 
 from fiddler_runtime.machine import Accelerator
-from fiddler_runtime.makespan import Latencies
+from fiddler_runtime.makespan import Latencies, choose
 from fiddler_runtime.plan import HardwareSummary, Header, MemoryItem
 from fiddler_runtime.text import format_bytes
 from fiddlerc import report, trace
@@ -29,8 +29,9 @@ from fiddlerc.ir import (
 )
 from fiddlerc.report.page import crossover_tokens
 from fiddlerc.report.text import format_rate, format_us
-from fiddlerc.report.timeline import timeline
+from fiddlerc.report.timeline import CPU_LANE, layer_timeline, step_timeline
 
+FIGURES = ("latency", "residuals", "throughput", "placement", "decode-step", "prefill-layer", "memory")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
@@ -76,7 +77,7 @@ def calibration(header: Header) -> Calibration:
     )
 
 
-def inputs(header: Header, *, slow: bool = False) -> report.Inputs:
+def inputs(header: Header, *, slow: bool = False, unmeasured: tuple[str, ...] = ()) -> report.Inputs:
     """What a compiler would hand over; `slow`: on a machine whose memory has a second regime."""
     tables = sample_tables()
     if slow:
@@ -105,7 +106,8 @@ def inputs(header: Header, *, slow: bool = False) -> report.Inputs:
         PolicyResult("ours", "ours", 12.5, 0.25, 128, 30.0, 4, 0.375),
         PolicyResult("another", "torch eager", 6.25, 0.5, 128, 10.0, 4, 0.25),
     )
-    prediction = Prediction(rows, (8.0, 12.5) if slow else None, (0.9, 1.1))
+    interval = None if unmeasured else (0.9, 1.1)
+    prediction = Prediction(rows, (8.0, 12.5) if slow else None, interval, unmeasured)
     steps = trace.sample_steps(None, placement.popularity, header.model, header.options)
     return report.Inputs(header, calibration(header), latency, placement, budget, tables, steps, prediction)
 
@@ -123,6 +125,7 @@ def sample_page() -> bytes:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of the words alone."""
+    monkeypatch.setattr("fiddlerc.report.page._figures", lambda inputs: dict.fromkeys(FIGURES))
     monkeypatch.setattr("fiddlerc.report.figures.svg", lambda figure: "<svg></svg>")
 
 
@@ -175,11 +178,17 @@ def test_two_regimes_are_both_told() -> None:
     assert "8 tokens/s while memory is slow and 12.5 while it is fast" in text
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_no_interval_is_claimed_for_what_nobody_measured() -> None:
+    text = Page(report.render(inputs(sample_header(), unmeasured=("rest_of_step",)))).text.replace("\n", " ")
+    assert "No interval is claimed" in text and "shapes: rest_of_step." in text
+    assert "90 % of times are expected" not in text
+
+
 @pytest.mark.slow
 def test_figures_as_pictures() -> None:
-    names = {"latency", "residuals", "throughput", "placement", "decode-layer", "prefill-layer", "memory"}
     pictures = report.plots(inputs(sample_header()))
-    assert set(pictures) == {f"{name}.png" for name in names}
+    assert set(pictures) == {f"{name}.png" for name in FIGURES}
     assert all(data.startswith(b"\x89PNG") for data in pictures.values())
     assert pictures == report.plots(inputs(sample_header()))
 
@@ -196,16 +205,35 @@ def test_a_timeline_ends_when_the_decision_says(rows: int) -> None:
         )  # fmt: skip
         experts = int(rng.integers(1, 14))
         counts = rng.integers(0, 60, experts).astype(np.int32)
-        line = timeline(counts, rng.random(experts) < 0.3, latencies)
+        resident = rng.random(experts) < 0.3
+        line, decision = layer_timeline(counts, resident, latencies), choose(counts, resident, latencies)
         lanes = [[bar for bar in line.bars if bar.lane == lane] for lane in range(3)]
         for bars in lanes:
             assert all(a.end_us <= b.start_us + 1e-9 for a, b in pairwise(bars))
         arrivals = {bar.label: bar.end_us for bar in lanes[0]}
         assert all(bar.start_us >= arrivals[bar.label] - 1e-9 for bar in lanes[1] if bar.kind == "streamed")
         ends = [max((bar.end_us for bar in bars), default=0.0) for bars in lanes]
-        assert ends[1] == pytest.approx(line.decision.accelerator_us)
-        assert ends[2] == pytest.approx(line.decision.cpu_us)
+        assert ends[1] == pytest.approx(decision.accelerator_us)
+        assert ends[2] == pytest.approx(decision.cpu_us)
         assert line.end_us == pytest.approx(max(ends))
+
+
+def test_a_step_is_all_layers_one_after_another() -> None:
+    """Every decoder layer has its part of the rest, those with experts their decision; layers do not overlap."""
+    rng = np.random.default_rng(3)
+    tokens = np.arange(100, dtype=np.float32)
+    latencies = Latencies(10 * tokens, tokens, 2.0, 3.0, 25.0, 0.1)
+    counts, resident = rng.integers(0, 3, (3, 6)).astype(np.int32), rng.random((3, 6)) < 0.4
+    step = step_timeline(counts, resident, latencies, [False, True, True, True], 400.0, CPU_LANE)
+    rest = [bar for bar in step.bars if bar.kind == "rest"]
+    assert [(bar.lane, bar.label) for bar in rest] == [(CPU_LANE, str(layer)) for layer in range(4)]
+    assert all(bar.end_us - bar.start_us == pytest.approx(100) for bar in rest)
+    spans = [choose(n, home, latencies).makespan_us for n, home in zip(counts, resident, strict=True)]
+    assert [bar.start_us for bar in rest[1:]] == pytest.approx([100, 200 + spans[0], 300 + spans[0] + spans[1]])
+    assert step.end_us == pytest.approx(400 + sum(spans)) == max(bar.end_us for bar in step.bars)
+    for lane in range(3):
+        bars = [bar for bar in step.bars if bar.lane == lane]
+        assert bars and all(a.end_us <= b.start_us + 1e-9 for a, b in pairwise(bars))
 
 
 @pytest.mark.usefixtures("no_figures")

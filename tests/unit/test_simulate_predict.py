@@ -108,8 +108,25 @@ def test_other_words_are_no_workload(text: str) -> None:
 
 
 def test_a_workload_ends_with_the_context() -> None:
-    with pytest.raises(FiddlerError, match="longer than sample's context"):
+    with pytest.raises(FiddlerError, match="256 tokens, sample's context"):
         parse_workload(["prefill:257"], sample_model())
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("beam:99999999", "beam:3495"),
+        ("decode:1/9999999", "decode:1/223696"),
+        ("decode:99999999999/1", "decode:32/128"),
+        ("prefill:99999999999", "prefill:1000000"),
+    ],
+)
+def test_a_workload_that_cannot_be_replayed_says_what_can(text: str, hint: str) -> None:
+    spec = sample_model(max_context=10_000_001 if text == "decode:1/9999999" else 1_000_000, num_experts=150)
+    with pytest.raises(FiddlerError, match="too long") as caught:
+        parse_workload([text], spec)
+    assert caught.value.hint == f"--workload {hint}"
+    assert parse_workload([hint], spec)
 
 
 def test_every_strategy_is_predicted() -> None:
@@ -147,8 +164,21 @@ def test_the_interval_moves_every_measured_curve() -> None:
     curves = tuple(replace(curve, quantity=q, interval_low=0.8, interval_high=1.5) for q in quantities)
     tables = sample_tables(scalars_us=np.array([0, 0, 25], np.float32))  # entries are not among the curves
     assert predict(on("cuda", latency=curves), tables, sampled(), WORKLOAD).interval == (0.8, 1.5)
-    low, high = predict(on("cuda"), tables, sampled(), WORKLOAD).interval
-    assert 0.9 < low < 1 < high < 1.1  # the CPU's curve only
+    only_cpu = (curves[0], *(replace(curve, interval_low=1.0, interval_high=1.0) for curve in curves[1:]))
+    interval = predict(on("cuda", latency=only_cpu), tables, sampled(), WORKLOAD).interval
+    assert interval is not None and 0.8 < interval[0] < 1 < interval[1] < 1.5
+
+
+@pytest.mark.parametrize("quantity", ["cpu_expert", "gpu_expert", "host_to_device", "rest_of_step"])
+@pytest.mark.parametrize("changes", [{"samples": 0}, {"interpolated": False}], ids=["limits", "other-shapes"])
+def test_no_interval_where_something_was_not_measured(quantity: str, changes: dict[str, Any]) -> None:
+    curve = on("cuda").latency[0]
+    curves = tuple(
+        replace(curve, quantity=q, **(changes if q == quantity else {}))
+        for q in ("cpu_expert", "gpu_expert", "host_to_device", "rest_of_step")
+    )
+    prediction = predict(on("cuda", latency=curves), sample_tables(), sampled(), WORKLOAD)
+    assert (prediction.interval, prediction.unmeasured) == (None, (quantity,))
 
 
 def test_features_that_are_on_are_simulated() -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.onnx_file import DATA_FIELDS, GRAPH_INITIALIZER, MODEL_GRAPH, Wire, read_initializers
+from fiddler_runtime.safetensors_header import DOWNLOAD_AGAIN
 
 # Elements up to this size stay in the graph: the constants that shapes, top-k and activations are made of.
 _SMALL_BYTES = 4096
@@ -28,7 +29,9 @@ class Graph:
         try:
             model = onnx.load_model_from_string(_without_weights(path))
         except Exception as error:  # protobuf's DecodeError, which has no public home
-            raise FiddlerError(f"{path} is not a valid ONNX file", found=str(error).strip()[:80]) from None
+            raise FiddlerError(
+                f"{path} is not a valid ONNX file", found=str(error).strip()[:80], hint=DOWNLOAD_AGAIN
+            ) from None
         self.metadata = {entry.key: entry.value for entry in model.metadata_props}
         self.opsets = list(model.opset_import)
         graph = model.graph

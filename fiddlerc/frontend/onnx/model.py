@@ -189,7 +189,10 @@ def with_cache(spec: ModelSpec, source: str, kv_bytes_per_token: int | None) -> 
         return dataclasses.replace(spec, kv_bytes_per_token=kv_bytes_per_token)
     if kv_bytes_per_token is not None:
         raise FiddlerError(
-            "--kv-bytes is for ONNX files", found=f"the model {source}", expected="no --kv-bytes: its size is known"
+            "--kv-bytes is for ONNX files",
+            found=f"the model {source}",
+            expected="no --kv-bytes: its size is known",
+            hint="leave out --kv-bytes",
         )
     if spec.from_onnx and not spec.cache_bytes(1):
         raise FiddlerError(

@@ -40,7 +40,7 @@ from .schema import (
     Tuning,
     packed_bytes,
 )
-from .writer import write_plan
+from .writer import check_destination, write_plan
 
 __all__ = [
     "ABI_VERSION",
@@ -73,6 +73,7 @@ __all__ = [
     "Tables",
     "TunedCandidate",
     "Tuning",
+    "check_destination",
     "packed_bytes",
     "peek_version",
     "read_plan",

@@ -54,7 +54,7 @@ def write_plan(dest: Path, header: Header, tables: Tables, extra_files: Mapping[
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _one_writer(target.parent):
-            _check_destination(dest)
+            check_destination(dest)
             try:
                 temporary.mkdir()
                 _fill(temporary, {**files, HEADER: strict.dump(header)})
@@ -72,7 +72,8 @@ def _normal(header: Header) -> Header:
     return strict.decode(Header, strict.parse(strict.dump(header), "plan.json"), "plan.json")
 
 
-def _check_destination(dest: Path) -> None:
+def check_destination(dest: Path) -> None:
+    """Raises FiddlerError unless a plan can be written there: at a new name, or in place of an older plan."""
     if not os.path.lexists(dest):
         return
     expected = "a new name, or a plan to replace"
