@@ -145,6 +145,12 @@ def registers(target: Target, tokens: int, vectors: int) -> int:
     return tokens * vectors + operands + target.constants
 
 
+def pair_tokens(target: Target) -> int:
+    """Most tokens whose tile holds two packed rows, of two blocks beside each other: memory then serves two streams. Or 0."""
+    vectors = 2 * ROW_LANES // target.lanes
+    return max((m for m in range(1, 64) if registers(target, m, vectors) <= target.registers), default=0)
+
+
 def working_set(target: Target, k_block: int) -> int:
     """Bytes that several tiles pass over again and again: a unit's inputs and sums, a block of weights and the next."""
     return UNIT_TOKENS * (k_block * target.element_bytes + ROW_BYTES) + 2 * k_block // 2 * ROW_BYTES
@@ -153,7 +159,7 @@ def working_set(target: Target, k_block: int) -> int:
 def slots(target: Target, tokens: int, vectors: int) -> float:
     """Multiply-unit slots that a tile takes for a pair of inputs: the multiplies, or what holds them up."""
     multiplies = tokens * vectors * target.multiplies
-    loads = vectors + tokens * target.input_loads
+    loads = vectors * target.weight_loads + tokens * target.input_loads
     instructions = _instructions(target, tokens, vectors)
     latency = max(1.0, _LATENCY_SUMS / (tokens * vectors))
     return max(multiplies * latency, loads, instructions / _ISSUE_PER_SLOT)
@@ -244,7 +250,7 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
     chosen = best.blocking
     tokens, vectors = chosen.tile_tokens, chosen.tile_vectors
     row = ROW_LANES // target.lanes
-    loads = vectors + tokens * target.input_loads
+    loads = vectors * target.weight_loads + tokens * target.input_loads
     lines = [
         f"tile {tokens} x {vectors}: {registers(target, tokens, vectors)} of {target.registers} registers; "
         f"{tokens * vectors * target.multiplies} multiplies beside {loads} loads",

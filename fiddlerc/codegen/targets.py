@@ -18,8 +18,10 @@ class Target:
     lanes           outputs in a vector register; a packed row has 32
     registers       vector registers that there are
     constants       of these, held by masks and intermediate products
-    weight_registers, weight_instructions  for a vector's weights of a pair, ready to be multiplied
-    input_registers, input_loads, input_instructions  for a token's pair, in all lanes
+    weight_registers  for a vector's weights, as one multiply takes them
+    weight_loads, weight_instructions  to get those of a pair
+    input_registers   for a token's input in all lanes
+    input_loads, input_instructions  to get a pair of them
     multiplies      multiply-unit operations for a token's pair and a vector
     """
 
@@ -33,6 +35,7 @@ class Target:
     registers: int
     constants: int
     weight_registers: int
+    weight_loads: int
     weight_instructions: int
     input_registers: int
     input_loads: int
@@ -57,13 +60,14 @@ TARGETS: dict[str, Target] = {
             registers=32,
             constants=0,
             weight_registers=1,
+            weight_loads=1,
             weight_instructions=1,
             input_registers=1,
             input_loads=1,
             input_instructions=1,
             multiplies=1,
         ),
-        # A weight vector becomes two, even and odd inputs: a load, a shift, a mask.
+        # A weight vector becomes two, one after the other: a load and a shift for even inputs, a load with a mask for odd ones.
         Target(
             isa="avx512f",
             header="isa_avx512f.hpp",
@@ -74,9 +78,10 @@ TARGETS: dict[str, Target] = {
             lanes=16,
             registers=32,
             constants=1,
-            weight_registers=2,
-            weight_instructions=3,
-            input_registers=2,
+            weight_registers=1,
+            weight_loads=2,
+            weight_instructions=4,
+            input_registers=1,
             input_loads=2,
             input_instructions=2,
             multiplies=2,
@@ -91,9 +96,10 @@ TARGETS: dict[str, Target] = {
             lanes=8,
             registers=16,
             constants=1,
-            weight_registers=2,
-            weight_instructions=3,
-            input_registers=2,
+            weight_registers=1,
+            weight_loads=2,
+            weight_instructions=4,
+            input_registers=1,
             input_loads=2,
             input_instructions=2,
             multiplies=2,
@@ -109,9 +115,10 @@ TARGETS: dict[str, Target] = {
             lanes=4,
             registers=16,
             constants=2,
-            weight_registers=2,
-            weight_instructions=3,
-            input_registers=2,
+            weight_registers=1,
+            weight_loads=2,
+            weight_instructions=4,
+            input_registers=1,
             input_loads=2,
             input_instructions=4,
             multiplies=4,
