@@ -76,7 +76,8 @@ inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t str
       if (from) __builtin_memcpy(&acc[m][n], from + m * fdl::kLanes + n * Isa::kLanes, sizeof(Vector));
     }
   }
-  for (int64_t p = 0, end = kFetch ? fetch.pairs : pairs;; end = pairs, fetch.at = fetch.then) {
+  int64_t p = 0, end = kFetch ? fetch.pairs : pairs;
+  for (int part = 0; part < 1 + (kFetch > 1); ++part, end = pairs, fetch.at = fetch.then) {
     for (; p < end; ++p, w += fdl::kLanes, x += 2 * M) {
 #pragma GCC unroll 2
       for (int b = 0; b < B; ++b) {
@@ -87,7 +88,6 @@ inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t str
       multiply<Isa, 0, M, N, B>(acc, x, w, stride);
       if constexpr (Isa::kSteps == 2) multiply<Isa, 1, M, N, B>(acc, x, w, stride);
     }
-    if (p == pairs) break;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
