@@ -13,7 +13,7 @@ from fiddler_runtime.machine import KNOWN_ISAS
 
 from ..ir import Activation, Blocking, ExpertForm, KernelSources, KernelSpec, KernelVariant, Machine
 from .names import format_name, format_symbol
-from .selection import UNIT_TOKENS, select
+from .selection import UNIT_TOKENS, pair_tokens, select
 from .targets import TARGETS, Target
 
 _LARGEST = 1 << 20
@@ -96,6 +96,7 @@ def generate(
             functions=target.functions,
             rows_from=target.rows_from,
             blocking=variant.blocking,
+            pair_tokens=pair_tokens(target),
         )
     files.update(_headers(targets))
     return KernelSources(spec=spec, files=dict(sorted(files.items())))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.text import format_bytes
@@ -47,6 +47,7 @@ _VECTOR_FROM_L2_SLOTS = 6.0
 _PASS_SLOTS = 40.0  # entering a tile's loop and leaving it, beside moving its sums
 # A CPU with tiles: 16 rows of 16 sums, each of 32 products, take a cycle a row; its second-level cache gives 48 bytes
 # a cycle (Intel's figures for Sapphire Rapids; nothing was measured).
+_AVX512_REGISTERS = 32
 TILE_ROWS, TILE_INPUTS, _TILE_TOKENS, _TILE_VECTORS = 16, 32, 32, 2
 _L2_BYTES_PER_SLOT = 48.0
 # The rest of a second-level cache is left to the outputs, the stack, and what prefetching brings too early.
@@ -151,6 +152,14 @@ def registers(target: Target, tokens: int, vectors: int) -> int:
     return tokens * vectors + operands + target.constants
 
 
+def pair_tokens(target: Target) -> int:
+    """Most tokens whose tile holds two blocks' packed rows: memory then serves two streams. 0 if none does."""
+    if target.rows_from:  # few tokens are vectors there
+        target = replace(target, rows_from=0, registers=_AVX512_REGISTERS)
+    vectors = 2 * ROW_LANES // target.lanes
+    return max((m for m in range(1, 64) if registers(target, m, vectors) <= target.registers), default=0)
+
+
 def working_set(target: Target, k_block: int) -> int:
     """Bytes that several tiles pass over again and again: a unit's inputs and sums, a block of weights and the next."""
     return UNIT_TOKENS * (k_block * target.element_bytes + ROW_BYTES) + 2 * k_block // 2 * ROW_BYTES
@@ -159,7 +168,7 @@ def working_set(target: Target, k_block: int) -> int:
 def slots(target: Target, tokens: int, vectors: int) -> float:
     """Multiply-unit slots that a tile takes for a pair of inputs: the multiplies, or what holds them up."""
     multiplies = tokens * vectors * target.multiplies
-    loads = vectors + tokens * target.input_loads
+    loads = vectors * target.weight_loads + tokens * target.input_loads
     instructions = _instructions(target, tokens, vectors)
     latency = max(1.0, _LATENCY_SUMS / (tokens * vectors))
     return max(multiplies * latency, loads, instructions / _ISSUE_PER_SLOT)
@@ -275,9 +284,9 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
     chosen = best.blocking
     tokens, vectors = chosen.tile_tokens, chosen.tile_vectors
     row = ROW_LANES // target.lanes
-    loads = vectors + tokens * target.input_loads
     if target.rows_from:
         return _explain_tiles(target, best, l2)
+    loads = vectors * target.weight_loads + tokens * target.input_loads
     lines = [
         f"tile {tokens} x {vectors}: {registers(target, tokens, vectors)} of {target.registers} registers; "
         f"{tokens * vectors * target.multiplies} multiplies beside {loads} loads",

@@ -98,17 +98,14 @@ inline void store_results(const fdl::Task& task) {
   if constexpr (fdl::kBias) add_bias<Isa::kLanes>(task, 0, task.tokens);
 }
 
-// As run() in kernel.hpp, with a pass for every two tiles of tokens. All tiles have as many rows: those that the last one has
-// too many are whatever lies behind the unit's activations, and nobody reads their sums. The thread's tiles are as they were
-// when it returns.
-template <class Isa, class Tile>
-inline void run_tiles(const fdl::Task& task) {
-  if (task.tokens < Tile::kRowsFrom) return run<Isa, FewTokens<Tile>>(task);
-  const int64_t tiles = (task.tokens + fdl::kTileRows - 1) / fdl::kTileRows, passes = (tiles + 1) / 2;
+// As run_blocks() in kernel.hpp, with a pass for every two tiles of tokens. All tiles have as many rows: those that the last one
+// has too many are whatever lies behind the unit's activations, and nobody reads their sums.
+template <class Tile>
+inline void multiply_block(const fdl::Task& task, const uint32_t* following, int64_t tiles, int64_t rows) {
+  const int64_t passes = (tiles + 1) / 2;
   AmxPass pass{};
-  pass.rows = (task.tokens + tiles - 1) / tiles;
+  pass.rows = rows;
   pass.x_stride = task.activation_stride * 2;
-  configure(pass.rows);
   const int64_t step = passes == 1 ? task.pairs : Tile::kDepthPairs;
   static_assert(Tile::kDepthPairs % kStepPairs == 0);
   for (int64_t first = 0; first < task.pairs; first += step) {
@@ -117,10 +114,10 @@ inline void run_tiles(const fdl::Task& task) {
     const uint32_t* w = task.weights + first * fdl::kLanes;
     alignas(64) uint32_t rest[kStepPairs * fdl::kLanes] = {};
     if (over) __builtin_memcpy(rest, w + (pairs - over) * fdl::kLanes, static_cast<size_t>(over * fdl::kRowBytes));
-    const uint32_t* next = passes == 1 ? w + Tile::kFetchBytes / 4 : last ? task.next : w + step * fdl::kLanes;
+    const uint32_t* next = passes == 1 ? w + Tile::kFetchBytes / 4 : last ? following : w + step * fdl::kLanes;
     pass.fresh = first == 0;
     for (int64_t p = 0; p < passes; ++p) {
-      const int64_t token = 2 * p * pass.rows;
+      const int64_t token = 2 * p * rows;
       pass.x = static_cast<const uint16_t*>(task.activations) + token * task.activation_stride + 2 * (task.first_pair + first);
       pass.sums = task.sums + token * fdl::kLanes;
       // One pass fetches ahead of itself; of several the first two fetch one half each of the next block.
@@ -132,11 +129,23 @@ inline void run_tiles(const fdl::Task& task) {
         multiply<1>(pass, w, pairs, rest);
     }
   }
+}
+
+// The thread's tiles are as they were when it returns.
+template <class Isa, class Tile>
+inline void run_tiles(const fdl::Task& task) {
+  if (task.tokens < Tile::kRowsFrom) return run<Isa, FewTokens<Tile>>(task);
+  const int64_t tiles = (task.tokens + fdl::kTileRows - 1) / fdl::kTileRows, rows = (task.tokens + tiles - 1) / tiles;
+  configure(rows);
+  for (int64_t block = 0; block < task.blocks; ++block) {
+    const fdl::Task part = from_block(task, block);
+    multiply_block<Tile>(part, part.blocks > 1 ? part.weights + task.weight_stride : task.next, tiles, rows);
+    if (task.phase == fdl::Phase::gate_up)
+      activate_rows<Isa>(part);
+    else
+      store_results<Isa>(part);
+  }
   tile_release();
-  if (task.phase == fdl::Phase::gate_up)
-    activate_rows<Isa>(task);
-  else
-    store_results<Isa>(task);
 }
 
 // The peak probe: four independent sums, as above.

@@ -135,9 +135,9 @@ class MoeLayer {
   };
 
   static constexpr int64_t kBlocks[2] = {kGateUpBlocks, kDownBlocks};
-  // Blocks that one task takes, by phase.
-  static constexpr int64_t kGroups[2] = {std::max<int64_t>(kTaskBytes / (kGateUpBlockLanes * 4), 1),
-                                         std::max<int64_t>(kTaskBytes / (kDownBlockLanes * 4), 1)};
+  // Blocks that one task takes, by phase: an even number, since few tokens take two at a time.
+  static constexpr int64_t kGroups[2] = {std::max<int64_t>(kTaskBytes / (kGateUpBlockLanes * 8), 1) * 2,
+                                         std::max<int64_t>(kTaskBytes / (kDownBlockLanes * 8), 1) * 2};
   // Room that keeps consecutive rows out of the same cache sets when the sizes are powers of two.
   static constexpr int64_t kResultStride = kDownBlocks * kLanes + 16;
 
@@ -298,15 +298,17 @@ class MoeLayer {
       after = weights_of(*then.unit, which, first_of(then, following));
     }
     const int64_t first = first_of(run, task), last = std::min(first + kGroups[index], run.last_block);
-    for (int64_t block = first; block < last; ++block)
-      compute_block(*run.unit, which, block, block + 1 < last ? weights_of(*run.unit, which, block + 1) : after, worker);
+    compute_blocks(*run.unit, which, first, last, after, worker);
   }
 
-  void compute_block(const Unit& unit, Phase which, int64_t block, const uint32_t* next, int worker) const {
+  void compute_blocks(const Unit& unit, Phase which, int64_t block, int64_t last, const uint32_t* next,
+                      int worker) const {
     Task task{};
     task.phase = which;
     task.tokens = unit.rows;
+    task.blocks = last - block;
     task.weights = weights_of(unit, which, block);
+    task.weight_stride = which == Phase::gate_up ? kGateUpBlockLanes : kDownBlockLanes;
     if constexpr (kBias) task.bias = bias_of(unit, which, block);
     task.next = next;
     task.sums = sums_ + worker * kSumRows * kLanes;
@@ -318,7 +320,7 @@ class MoeLayer {
       task.intermediate = middle;
       task.intermediate_stride = middle_stride_;
       task.intermediate_pair = block * kGateLanes / 2;
-      task.columns = std::min(kGateLanes, kIntermediate - block * kGateLanes);
+      task.columns = kIntermediate - block * kGateLanes;
     } else {
       task.first_pair = unit.first_block * kGateLanes / 2;
       task.pairs = kIntermediatePairs - task.first_pair;

@@ -14,7 +14,7 @@ enum class Phase : int32_t {
 // A tile of tokens and inputs, for variants that multiply such.
 constexpr int64_t kTileRows = 16, kTileInputs = 32;
 
-// One block of outputs for some of one expert's tokens.
+// Consecutive blocks of outputs for some of one expert's tokens.
 //
 // Activations are the variant's elements: bf16, or fp32 holding bf16 values for variants without a bf16 multiply. They lie
 // in tiles, as many tokens as a register tile takes (Tiles below): the tile of M tokens that begins at token t starts at
@@ -26,18 +26,20 @@ struct Task {
   int64_t tokens;
   int64_t pairs;              // depth: inputs of the block, in pairs
   int64_t first_pair;         // of the activations: the tiles' pairs before it belong to no weight here
-  const uint32_t* weights;    // the block: [pairs][32] lanes
-  const float* bias;          // of the block's 32 lanes; null where experts have none
-  const uint32_t* next;       // the block that this thread works on next, worth fetching; or null
+  int64_t blocks;
+  const uint32_t* weights;    // the first block: [pairs][32] lanes
+  int64_t weight_stride;      // lanes from one block to the next
+  const float* bias;          // of the first block's 32 lanes, the others' behind; null where experts have none
+  const uint32_t* next;       // the block that this thread works on after these, worth fetching; or null
   const void* activations;
   int64_t activation_stride;  // elements
   float* sums;                // scratch, [tokens][32]
-  float* results;             // down: the block's columns of the first token; rows result_stride apart
+  float* results;             // down: the first block's columns of the first token; rows result_stride apart
   int64_t result_stride;
   void* intermediate;         // gate_up: the result, in tiles like the activations
   int64_t intermediate_stride;
-  int64_t intermediate_pair;  // where in the tiles the block's 8 pairs begin
-  int64_t columns;            // gate_up: how many of the 16 columns exist
+  int64_t intermediate_pair;  // where in the tiles the first block's 8 pairs begin
+  int64_t columns;            // gate_up: how many columns there are from the first block's on
 };
 
 // A kernel variant and what the host has to know to call it.
