@@ -146,7 +146,7 @@ def registers(target: Target, tokens: int, vectors: int) -> int:
 
 
 def pair_tokens(target: Target) -> int:
-    """Most tokens whose tile holds two packed rows, of two blocks beside each other: memory then serves two streams. Or 0."""
+    """Most tokens whose tile holds two packed rows, of two blocks beside each other; or 0."""
     vectors = 2 * ROW_LANES // target.lanes
     return max((m for m in range(1, 64) if registers(target, m, vectors) <= target.registers), default=0)
 
@@ -261,6 +261,11 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
         f"k_block {chosen.k_block}: {format_bytes(working_set(target, chosen.k_block))} of the {format_bytes(l2)} L2; "
         "larger ones move the sums less often",
     ]
+    if pairs := pair_tokens(target):
+        lines.append(
+            f"up to {pairs} tokens two blocks of outputs at once, fetched {chosen.fetch_bytes // 2} bytes ahead: "
+            "memory serves two streams sooner than one"
+        )
     widest = next((t.tokens for t in chosen.narrow_tiles if t.vectors == row), tokens if vectors == row else 0)
     limit = _WINDOW // _ROWS_IN_FLIGHT
     if widest and chosen.fetch_tokens <= widest:
