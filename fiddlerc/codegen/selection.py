@@ -153,7 +153,7 @@ def registers(target: Target, tokens: int, vectors: int) -> int:
 
 
 def pair_tokens(target: Target) -> int:
-    """Most tokens whose tile holds two blocks' packed rows: memory then serves two streams. 0 if none does."""
+    """Most tokens whose tile holds two packed rows, of two blocks beside each other; or 0."""
     if target.rows_from:  # few tokens are vectors there
         target = replace(target, rows_from=0, registers=_AVX512_REGISTERS)
     vectors = 2 * ROW_LANES // target.lanes
@@ -297,6 +297,11 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
         f"k_block {chosen.k_block}: {format_bytes(working_set(target, chosen.k_block))} of the {format_bytes(l2)} L2; "
         "larger ones move the sums less often",
     ]
+    if pairs := pair_tokens(target):
+        lines.append(
+            f"up to {pairs} tokens two blocks of outputs at once, fetched {chosen.fetch_bytes // 2} bytes ahead: "
+            "memory serves two streams sooner than one"
+        )
     widest = next((t.tokens for t in chosen.narrow_tiles if t.vectors == row), tokens if vectors == row else 0)
     limit = _WINDOW // _ROWS_IN_FLIGHT
     if widest and chosen.fetch_tokens <= widest:

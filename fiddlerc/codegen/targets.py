@@ -76,7 +76,7 @@ TARGETS: dict[str, Target] = {
             input_instructions=1,
             multiplies=1,
         ),
-        # A weight vector becomes two, in turn: loaded and shifted for even inputs, loaded with a mask for odd ones.
+        # A weight vector becomes two, one after the other: shifted for even inputs, masked for odd ones.
         Target(
             isa="avx512f",
             header="isa_avx512f.hpp",

@@ -78,7 +78,7 @@ def test_random_numbers_are_within_the_bound(shape: tuple[int, int], isa: str) -
             out = one_expert(kernels, expert, hidden)
             expected, bound = reference(expert, hidden)
             excess = (out.double() - expected).abs() - bound
-            assert not (excess > 0).any(), (tokens, excess.max())
+            assert (excess <= 0).all(), (tokens, excess.max())
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -27,14 +27,14 @@ CHOICES = {
     ("avx512_bf16", "zen4"): Blocking(14, 2, (), 1024, 7, 8192),
     ("avx512_bf16", "sapphire"): Blocking(14, 2, (), 2048, 7, 8192),
     ("avx512_bf16", "desktop"): Blocking(14, 2, (), 512, 7, 8192),
-    ("avx512f", "zen4"): Blocking(12, 2, (), 512, 3, 8192),
-    ("avx512f", "sapphire"): Blocking(12, 2, (), 1024, 3, 8192),
-    ("avx512f", "desktop"): Blocking(12, 2, (), 256, 3, 8192),
+    ("avx512f", "zen4"): Blocking(14, 2, (), 512, 3, 8192),
+    ("avx512f", "sapphire"): Blocking(14, 2, (), 1024, 3, 8192),
+    ("avx512f", "desktop"): Blocking(14, 2, (), 256, 3, 8192),
     ("amx_bf16", "zen4"): Blocking(32, 2, (), 1024, 7, 8192),
     ("amx_bf16", "sapphire"): Blocking(32, 2, (), 2048, 7, 8192),
-    ("avx2", "zen4"): Blocking(4, 2, (NarrowTile(2, 4),), 512, 2, 8192),
-    ("avx2", "sapphire"): Blocking(4, 2, (NarrowTile(2, 4),), 1024, 2, 8192),
-    ("avx2", "desktop"): Blocking(4, 2, (NarrowTile(2, 4),), 256, 2, 8192),
+    ("avx2", "zen4"): Blocking(5, 2, (NarrowTile(2, 4),), 512, 1, 8192),
+    ("avx2", "sapphire"): Blocking(5, 2, (NarrowTile(2, 4),), 1024, 1, 8192),
+    ("avx2", "desktop"): Blocking(5, 2, (NarrowTile(2, 4),), 256, 1, 8192),
 }
 
 
