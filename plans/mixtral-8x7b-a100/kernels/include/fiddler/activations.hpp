@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "task.hpp"
+
 namespace fdl {
 
 // Four pairs of bf16 as the variant's elements: themselves, or each number as fp32.
@@ -59,6 +61,16 @@ inline void fill_tile(const uint16_t* const* rows, int64_t tokens, int64_t input
       const uint32_t odd = p < whole ? rows[m][2 * p + 1] : 0;  // a lone last input meets a zero
       store_pair<kElementBytes>(rows[m][2 * p] | odd << 16, to + (p * tokens + m) * kPair);
     }
+  }
+}
+
+// The same by rows, `stride` bf16 apart, with zeros up to whole steps.
+inline void fill_rows(const uint16_t* const* rows, int64_t tokens, int64_t inputs, int64_t stride, char* to) {
+  const int64_t zeros = (inputs + kTileInputs - 1) / kTileInputs * kTileInputs - inputs;
+  for (int64_t m = 0; m < tokens; ++m) {
+    char* const row = to + m * stride * 2;
+    std::memcpy(row, rows[m], static_cast<size_t>(inputs * 2));
+    std::memset(row + inputs * 2, 0, static_cast<size_t>(zeros * 2));
   }
 }
 

@@ -13,10 +13,17 @@ struct Avx512Bf16 {
   using Weights = __m512i;
   using Inputs = __m512i;
   static constexpr int kLanes = 16;
+  static constexpr int kSteps = 1;
   static constexpr int kBurnSums = 24;
   static constexpr double kFlops = 4.0 * kLanes;
 
-  static inline Weights load(const uint32_t* from) { return _mm512_loadu_si512(from); }
+  template <int>
+  static inline Weights load(const uint32_t* from) {
+    Weights weights = _mm512_loadu_si512(from);
+    asm("" : "+v"(weights));  // in a register: GCC 12 loads them again for every token
+    return weights;
+  }
+  template <int>
   static inline Inputs broadcast(const Element* pair) {
     int32_t both;
     __builtin_memcpy(&both, pair, sizeof both);

@@ -10,26 +10,27 @@ namespace {
 struct Avx512f {
   using Element = float;
   using Vector = __m512;
-  struct Weights {
-    __m512 even, odd;
-  };
-  struct Inputs {
-    __m512 even, odd;
-  };
+  using Weights = __m512;
+  using Inputs = __m512;
   static constexpr int kLanes = 16;
+  static constexpr int kSteps = 2;  // the even input, then the odd one
   static constexpr int kBurnSums = 24;
-  static constexpr double kFlops = 4.0 * kLanes;
+  static constexpr double kFlops = 2.0 * kLanes;
 
+  template <int kStep>
   static inline Weights load(const uint32_t* from) {
     // Vector operators, not intrinsics: GCC 12 warns about its own _mm512_slli_epi32 (GCC bug 105593).
     typedef uint32_t Bits __attribute__((vector_size(64)));
     Bits both;
     __builtin_memcpy(&both, from, sizeof both);
-    return {(__m512)(both << 16), (__m512)(both & 0xffff0000u)};
+    return (__m512)(kStep == 0 ? both << 16 : both & 0xffff0000u);
   }
-  static inline Inputs broadcast(const Element* pair) { return {_mm512_set1_ps(pair[0]), _mm512_set1_ps(pair[1])}; }
-  static inline Vector multiply_add(Vector sum, const Weights& weights, const Inputs& inputs) {
-    return _mm512_fmadd_ps(weights.odd, inputs.odd, _mm512_fmadd_ps(weights.even, inputs.even, sum));
+  template <int kStep>
+  static inline Inputs broadcast(const Element* pair) {
+    return _mm512_set1_ps(pair[kStep]);
+  }
+  static inline Vector multiply_add(Vector sum, Weights weights, Inputs inputs) {
+    return _mm512_fmadd_ps(weights, inputs, sum);
   }
 };
 

@@ -8,27 +8,25 @@ namespace {
 struct Scalar {
   using Element = float;
   typedef float Vector __attribute__((vector_size(16)));
-  struct Weights {
-    Vector even, odd;
-  };
-  struct Inputs {
-    float even, odd;
-  };
+  using Weights = Vector;
+  using Inputs = float;
   static constexpr int kLanes = 4;
+  static constexpr int kSteps = 2;  // the even input, then the odd one
   static constexpr int kBurnSums = 8;
-  static constexpr double kFlops = 4.0 * kLanes;
+  static constexpr double kFlops = 2.0 * kLanes;
 
+  template <int kStep>
   static inline Weights load(const uint32_t* from) {
     typedef uint32_t Bits __attribute__((vector_size(16)));
     Bits both;
     __builtin_memcpy(&both, from, sizeof both);
-    return {(Vector)(both << 16), (Vector)(both & 0xffff0000u)};
+    return (Vector)(kStep == 0 ? both << 16 : both & 0xffff0000u);
   }
-  static inline Inputs broadcast(const Element* pair) { return {pair[0], pair[1]}; }
-  static inline Vector multiply_add(Vector sum, const Weights& weights, const Inputs& inputs) {
-    sum += weights.even * inputs.even;
-    return sum + weights.odd * inputs.odd;
+  template <int kStep>
+  static inline Inputs broadcast(const Element* pair) {
+    return pair[kStep];
   }
+  static inline Vector multiply_add(Vector sum, Weights weights, Inputs inputs) { return sum + weights * inputs; }
 };
 
 }  // namespace

@@ -6,14 +6,16 @@
 // An Isa provides
 //   Element             of the activations: uint16_t (bf16) or float
 //   kLanes              outputs per vector
+//   kSteps              multiply_adds that it takes for a pair of inputs
 //   Vector              kLanes fp32 sums
-//   Weights load(const uint32_t*)              two inputs' weights for kLanes outputs
-//   Inputs broadcast(const Element*)           two inputs of one token, to all lanes
+//   Weights load<step>(const uint32_t*)        of a pair of inputs for kLanes outputs, what that step multiplies
+//   Inputs broadcast<step>(const Element*)     of one token's pair of inputs, to all lanes
 //   Vector multiply_add(Vector, Weights, Inputs)
 //   kFlops              floating-point operations of one multiply_add
 //   kBurnSums           independent sums that keep the multiply units busy
 // A Tile provides
 //   kTokens             most tokens of a register tile
+//   kPairTokens         most tokens with which a register tile takes the rows of two blocks beside each other; or 0
 //   vectors(tokens)     of outputs beside each other in a tile of so many tokens
 //   kDepthPairs         depth block of several passes: its weights and the next one's stay in the second-level cache
 //   kFetchTokens        from so many tokens on one pass fetches the weights ahead of itself
@@ -26,82 +28,128 @@
 
 namespace {
 
-// sums = x[pairs][M] * w[pairs][N vectors of a row], added to `from` if that is given, all sums in registers.
-// Fetches `kFetch` cache lines a pair from `next` on.
-template <class Isa, int M, int N, int kFetch>
-inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs, const float* from, float* to,
-                  int64_t to_stride, const char* next) {
-  using Vector = typename Isa::Vector;
-  Vector acc[M][N];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      acc[m][n] = Vector{};
-      if (from) __builtin_memcpy(&acc[m][n], from + m * fdl::kLanes + n * Isa::kLanes, sizeof(Vector));
-    }
-  }
-  for (int64_t p = 0; p < pairs; ++p, w += fdl::kLanes, x += 2 * M) {
-#pragma GCC unroll 2
-    for (int line = 0; line < kFetch; ++line) __builtin_prefetch(next + 64 * (kFetch * p + line), 0, 2);
-    typename Isa::Weights wide[N];
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) wide[n] = Isa::load(w + n * Isa::kLanes);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const typename Isa::Inputs inputs = Isa::broadcast(x + 2 * m);
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) acc[m][n] = Isa::multiply_add(acc[m][n], wide[n], inputs);
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) __builtin_memcpy(to + m * to_stride + n * Isa::kLanes, &acc[m][n], sizeof(Vector));
-  }
-}
-
-// One depth block of one block of outputs.
+// One depth block of one block of outputs, or of two blocks beside each other.
 struct Block {
   const uint32_t* weights;
+  int64_t stride;        // lanes from a block to the one beside it
   int64_t pairs;
-  const uint32_t* next;  // what to fetch meanwhile, as much as this block; or null
+  const uint32_t* next;  // what to fetch meanwhile: several passes the next depth block, one pass the next block; or null
   int64_t passes;        // over these weights, in all
   int64_t pass;          // made so far: if there are several, the first two fetch one half of `next` each
 };
 
-template <class Isa, class Tile, int M>
-inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, const float* from, float* to,
-                 int64_t to_stride) {
-  if constexpr (M > 1) {
-    if (tokens < M) return tile<Isa, Tile, M - 1>(tokens, x, block, from, to, to_stride);
+// Where a strip fetches: from `at` on, so many bytes further with each pair; after `pairs` of them from `then` on.
+struct Fetch {
+  const char* at;
+  int64_t pairs;
+  const char* then;
+};
+
+// One step of a pair of inputs. A step holds its own weights alone: the registers are the sums'.
+template <class Isa, int kStep, int M, int N, int B>
+[[gnu::always_inline]] inline void multiply(typename Isa::Vector (&acc)[M][B * N], const typename Isa::Element* x,
+                                            const uint32_t* w, int64_t stride) {
+  typename Isa::Weights weights[B * N];
+#pragma GCC unroll 16
+  for (int n = 0; n < B * N; ++n) weights[n] = Isa::template load<kStep>(w + n / N * stride + n % N * Isa::kLanes);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    const typename Isa::Inputs inputs = Isa::template broadcast<kStep>(x + 2 * m);
+#pragma GCC unroll 16
+    for (int n = 0; n < B * N; ++n) acc[m][n] = Isa::multiply_add(acc[m][n], weights[n], inputs);
   }
-  constexpr int N = Tile::vectors(M);
+}
+
+// Sums of M tokens by N vectors of each of B blocks' rows, x[pairs][M] * w[pairs][N], added to `from` if that is given; all
+// sums in registers. Fetches `kFetch` cache lines a pair and block.
+template <class Isa, int M, int N, int B, int kFetch>
+inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t stride, int64_t pairs, const float* from,
+                  float* to, int64_t to_stride, int64_t to_beside, Fetch fetch) {
+  using Vector = typename Isa::Vector;
+  constexpr int kNear = B > 1 ? 3 : 2;  // two blocks: so short a way ahead that it fits the first-level cache
+  Vector acc[M][B * N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < B * N; ++n) {
+      acc[m][n] = Vector{};
+      if (from) __builtin_memcpy(&acc[m][n], from + m * fdl::kLanes + n * Isa::kLanes, sizeof(Vector));
+    }
+  }
+  int64_t p = 0, end = kFetch ? fetch.pairs : pairs;
+  for (int part = 0; part < 1 + (kFetch > 1); ++part, end = pairs, fetch.at = fetch.then) {
+    for (; p < end; ++p, w += fdl::kLanes, x += 2 * M) {
+#pragma GCC unroll 2
+      for (int b = 0; b < B; ++b) {
+#pragma GCC unroll 2
+        for (int line = 0; line < kFetch; ++line) __builtin_prefetch(fetch.at + b * stride * 4 + 64 * line, 0, kNear);
+      }
+      if (kFetch) fetch.at += 64 * kFetch;
+      multiply<Isa, 0, M, N, B>(acc, x, w, stride);
+      if constexpr (Isa::kSteps == 2) multiply<Isa, 1, M, N, B>(acc, x, w, stride);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < B * N; ++n)
+      __builtin_memcpy(to + n / N * to_beside + m * to_stride + n % N * Isa::kLanes, &acc[m][n], sizeof(Vector));
+  }
+}
+
+template <class Isa, class Tile, int B, int M>
+inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, const float* from, float* to,
+                 int64_t to_stride, int64_t to_beside) {
+  if constexpr (M > 1) {
+    if (tokens < M) return tile<Isa, Tile, B, M - 1>(tokens, x, block, from, to, to_stride, to_beside);
+  }
+  constexpr int N = B > 1 ? fdl::kLanes / Isa::kLanes : Tile::vectors(M);
   for (int column = 0; column < fdl::kLanes; column += Isa::kLanes * N, ++block.pass) {
     const uint32_t* w = block.weights + column;
     const float* begin = from ? from + column : nullptr;
     const auto* next = reinterpret_cast<const char*>(block.next);
-    if (!next || block.pass > 1)
-      strip<Isa, M, N, 0>(x, w, block.pairs, begin, to + column, to_stride, nullptr);
-    else if (block.passes == 1)
-      strip<Isa, M, N, 2>(x, w, block.pairs, begin, to + column, to_stride, next);
-    else
-      strip<Isa, M, N, 1>(x, w, block.pairs, begin, to + column, to_stride, next + 64 * block.pairs * block.pass);
+    if (block.passes == 1) {
+      // Ahead in this block, and over its end into the next one.
+      constexpr int64_t kAhead = Tile::kFetchBytes / B / fdl::kRowBytes;
+      const int64_t most = block.pairs < kAhead ? 0 : block.pairs - kAhead;
+      const auto* ahead = reinterpret_cast<const char*>(w) + kAhead * fdl::kRowBytes;
+      const Fetch fetch{ahead, most, next ? next : ahead + most * fdl::kRowBytes};
+      if (B > 1 || tokens >= Tile::kFetchTokens)
+        strip<Isa, M, N, B, 2>(x, w, block.stride, block.pairs, begin, to + column, to_stride, to_beside, fetch);
+      else
+        strip<Isa, M, N, B, 0>(x, w, block.stride, block.pairs, begin, to + column, to_stride, to_beside, fetch);
+    } else if constexpr (B == 1) {
+      if (!next || block.pass > 1)
+        strip<Isa, M, N, 1, 0>(x, w, 0, block.pairs, begin, to + column, to_stride, 0, {});
+      else
+        strip<Isa, M, N, 1, 1>(x, w, 0, block.pairs, begin, to + column, to_stride, 0,
+                               {next + 64 * block.pairs * block.pass, block.pairs, nullptr});
+    }
   }
+}
+
+// The same task from a later block on.
+inline fdl::Task from_block(fdl::Task task, int64_t block) {
+  task.blocks -= block;
+  task.weights += block * task.weight_stride;
+  if (task.bias) task.bias += block * fdl::kLanes;
+  if (task.results) task.results += block * fdl::kLanes;
+  task.intermediate_pair += block * fdl::kGateLanes / 2;
+  task.columns -= block * fdl::kGateLanes;
+  return task;
 }
 
 // The activation of one tile's sums, laid into the intermediate's tile of M tokens.
 template <class Isa>
-inline void activate_tile(const fdl::Task& task, int64_t first, int64_t tokens) {
+inline void activate_tile(const fdl::Task& task, const float* sums, int64_t first, int64_t tokens) {
   using Element = typename Isa::Element;
   constexpr int kWidth = Isa::kLanes < fdl::kGateLanes ? Isa::kLanes : fdl::kGateLanes;
   auto* out = static_cast<Element*>(task.intermediate) + first * task.intermediate_stride +
               2 * task.intermediate_pair * tokens;
   for (int64_t m = 0; m < tokens; ++m) {
-    const float* sums = task.sums + (first + m) * fdl::kLanes;
     Element row[fdl::kGateLanes];
     for (int column = 0; column < fdl::kGateLanes; column += kWidth)
-      activate<kWidth>(sums + column, fdl::kBias ? task.bias + column : nullptr, row + column);
+      activate<kWidth>(sums + m * fdl::kLanes + column, fdl::kBias ? task.bias + column : nullptr, row + column);
     // Infinite inputs make NaN of the padding's 0 * inf; an odd depth's partner must be zero whatever the inputs.
     for (int64_t column = task.columns; column < fdl::kGateLanes; ++column) row[column] = 0;
     for (int64_t pair = 0; pair < fdl::kGateLanes / 2; ++pair)
@@ -120,41 +168,57 @@ inline void add_bias(const fdl::Task& task, int64_t first, int64_t tokens) {
   }
 }
 
-// Tokens of one tile read the weights once, straight through. While there are few of them, the hardware's own prefetching is
-// best; with more, the multiplications hold it up, and the weights are fetched explicitly. Several tiles cut the depth in
-// blocks that they pass over in turn, while the next block is fetched: memory and multiply units work at the same time.
-template <class Isa, class Tile>
-inline void run(const fdl::Task& task) {
+// B blocks beside each other, the first of which is `task`'s. `next` is worth fetching after them; or null.
+//
+// Tokens of one tile read the weights once, straight through, fetched a little ahead; the fewest tokens read two blocks at
+// once: memory serves two streams sooner than one. Several tiles cut the depth in blocks that they pass over in turn, while
+// the next block is fetched: memory and multiply units work at the same time.
+template <class Isa, class Tile, int B>
+inline void run_blocks(const fdl::Task& task, const uint32_t* next) {
   using Element = typename Isa::Element;
-  constexpr int64_t kAheadRows = Tile::kFetchBytes / fdl::kRowBytes;
   const Tiles tiles(task.tokens, Tile::kTokens);
-  const int64_t passes = tiles.count * fdl::kLanes / (Isa::kLanes * Tile::vectors(static_cast<int>(tiles.most())));
+  const int64_t passes =
+      B > 1 ? 1 : tiles.count * fdl::kLanes / (Isa::kLanes * Tile::vectors(static_cast<int>(tiles.most())));
   const int64_t step = passes == 1 ? task.pairs : Tile::kDepthPairs;
   const auto* activations = static_cast<const Element*>(task.activations);
   for (int64_t first = 0; first < task.pairs; first += step) {
     const bool last = first + step >= task.pairs;
     Block block{};
     block.weights = task.weights + first * fdl::kLanes;
+    block.stride = task.weight_stride;
     block.pairs = last ? task.pairs - first : step;
     block.passes = passes;
-    if (passes > 1)
-      block.next = last ? task.next : block.weights + step * fdl::kLanes;
-    else if (task.tokens >= Tile::kFetchTokens)
-      block.next = block.weights + kAheadRows * fdl::kLanes;
+    block.next = last ? next : block.weights + step * fdl::kLanes;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t token = tiles.first(t), tokens = tiles.tokens(t);
       const Element* x = activations + token * task.activation_stride + 2 * (task.first_pair + first) * tokens;
       float* sums = task.sums + token * fdl::kLanes;
       const bool result = last && task.phase == fdl::Phase::down;
-      tile<Isa, Tile, Tile::kTokens>(tokens, x, block, first ? sums : nullptr,
-                                     result ? task.results + token * task.result_stride : sums,
-                                     result ? task.result_stride : fdl::kLanes);
+      tile<Isa, Tile, B, B == 1 ? Tile::kTokens : Tile::kPairTokens>(
+          tokens, x, block, first ? sums : nullptr, result ? task.results + token * task.result_stride : sums,
+          result ? task.result_stride : fdl::kLanes, result ? fdl::kLanes : tokens * fdl::kLanes);
       if (!last) continue;
-      if (!result)
-        activate_tile<Isa>(task, token, tokens);
-      else if constexpr (fdl::kBias)
-        add_bias<Isa::kLanes>(task, token, tokens);
+      for (int64_t beside = 0; beside < B; ++beside) {
+        if (!result)
+          activate_tile<Isa>(from_block(task, beside), sums + beside * tokens * fdl::kLanes, token, tokens);
+        else if constexpr (fdl::kBias)
+          add_bias<Isa::kLanes>(from_block(task, beside), token, tokens);
+      }
     }
+  }
+}
+
+template <class Isa, class Tile>
+inline void run(const fdl::Task& task) {
+  for (int64_t block = 0; block < task.blocks;) {
+    const int64_t beside = task.tokens <= Tile::kPairTokens && block + 1 < task.blocks ? 2 : 1;
+    const fdl::Task part = from_block(task, block);
+    const uint32_t* next = block + beside < task.blocks ? part.weights + beside * task.weight_stride : task.next;
+    if (beside == 1) run_blocks<Isa, Tile, 1>(part, next);
+    if constexpr (Tile::kPairTokens > 0) {
+      if (beside == 2) run_blocks<Isa, Tile, 2>(part, next);
+    }
+    block += beside;
   }
 }
 
@@ -166,8 +230,8 @@ inline double burn(int64_t steps) {
   typename Isa::Element one[2] = {};
   uint32_t lanes[Isa::kLanes] = {};
   asm volatile("" : : "r"(one), "r"(lanes) : "memory");
-  typename Isa::Weights weights = Isa::load(lanes);
-  typename Isa::Inputs inputs = Isa::broadcast(one);
+  typename Isa::Weights weights = Isa::template load<0>(lanes);
+  typename Isa::Inputs inputs = Isa::template broadcast<0>(one);
   for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 32
     for (int i = 0; i < kSums; ++i) acc[i] = Isa::multiply_add(acc[i], weights, inputs);

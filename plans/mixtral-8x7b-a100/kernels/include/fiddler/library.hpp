@@ -14,6 +14,7 @@
 #include "abi.h"
 #pragma GCC visibility pop
 
+#include "amx_permission.hpp"
 #include "cpu.hpp"
 #include "dispatch.hpp"
 #include "layout.hpp"
@@ -26,7 +27,7 @@
 
 // Defined by the generated library.cpp.
 namespace fdl {
-extern const Variant kVariants[];  // best first
+extern const Variant kVariants[];  // preferred first
 extern const int kVariantCount;
 extern const char kDescription[];
 }  // namespace fdl
@@ -133,7 +134,7 @@ int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, const fd
   if ((team && (!team->parallel || !team->thread_num)) || !out || threads < 1 || threads > fdl::kMostThreads) return FDL_E_ARGUMENT;
   *out = nullptr;
   const fdl::Variant* variant = fdl::find_variant(isa);
-  if (!variant) return FDL_E_ISA;
+  if (!variant || !variant->permit()) return FDL_E_ISA;  // before any thread starts
   try {
     auto kernels = std::make_unique<fdl_kernels>(*variant, threads);
     if (!kernels->pool.start(cpus, team)) return FDL_E_THREAD;

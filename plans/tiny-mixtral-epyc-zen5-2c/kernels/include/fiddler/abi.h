@@ -86,7 +86,7 @@ typedef struct fdl_team {
   int (*thread_num)(void);                                                           /* omp_get_thread_num */
 } fdl_team;
 
-/* isa: NULL for the best usable. threads >= 1 counts the caller. Workers are pinned to cpus[1 .. threads-1]
+/* isa: NULL for the first usable of fdl_describe's. threads >= 1 counts the caller. Workers are pinned to cpus[1 .. threads-1]
  * when cpus is not NULL. team: runs the workers; NULL: threads of the kernels' own do. */
 int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, const fdl_team* team, fdl_kernels** out);
 void fdl_close(fdl_kernels*);

@@ -67,7 +67,11 @@ class MoeLayer {
  public:
   // Throws std::bad_alloc.
   MoeLayer(const Variant& variant, Pool& pool)
-      : variant_(variant), pool_(pool), filling_(pool), computing_{Stage(pool), Stage(pool)}, combining_(pool) {}
+      : variant_(variant),
+        pool_(pool),
+        input_stride_(stride(kHiddenPairs * 2)),
+        middle_stride_(stride(kGateUpBlocks * kGateLanes)),
+        filling_(pool), computing_{Stage(pool), Stage(pool)}, combining_(pool) {}
 
   // Throws std::bad_alloc.
   int32_t run(const fdl_moe_call& call) {
@@ -109,6 +113,8 @@ class MoeLayer {
   static constexpr int64_t kAloneCost = 2 * 1024 * 1024;
   static constexpr int64_t kAloneOnTeam = kAloneCost / 8;
   static constexpr int64_t kRowCost = kPackedBytes / 32;
+  // Of a thread's sums.
+  static constexpr int64_t kSumRows = kUnitTokens + kTileRows;
   // Weights of one task, about: what a thread streams in some microseconds.
   static constexpr int64_t kTaskBytes = 96 * 1024;
   // Units are dealt out together until every thread has so many tasks of them.
@@ -129,13 +135,17 @@ class MoeLayer {
   };
 
   static constexpr int64_t kBlocks[2] = {kGateUpBlocks, kDownBlocks};
-  // Blocks that one task takes, by phase.
-  static constexpr int64_t kGroups[2] = {std::max<int64_t>(kTaskBytes / (kGateUpBlockLanes * 4), 1),
-                                         std::max<int64_t>(kTaskBytes / (kDownBlockLanes * 4), 1)};
-  static constexpr int64_t kInputStride = kHiddenPairs * 2;
-  static constexpr int64_t kMiddleStride = kGateUpBlocks * kGateLanes;
+  // Blocks that one task takes, by phase: an even number, since few tokens take two at a time.
+  static constexpr int64_t kGroups[2] = {std::max<int64_t>(kTaskBytes / (kGateUpBlockLanes * 8), 1) * 2,
+                                         std::max<int64_t>(kTaskBytes / (kDownBlockLanes * 8), 1) * 2};
   // Room that keeps consecutive rows out of the same cache sets when the sizes are powers of two.
   static constexpr int64_t kResultStride = kDownBlocks * kLanes + 16;
+
+  // Elements between a unit's tokens. Where they are read by rows, whole steps, and not a power of two.
+  int64_t stride(int64_t inputs) const {
+    return variant_.rows_from ? divide_up(inputs, kTileInputs) * kTileInputs + kTileInputs : inputs;
+  }
+  bool by_rows(const Unit& unit) const { return variant_.rows_from && unit.rows >= variant_.rows_from; }
 
   static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -184,10 +194,11 @@ class MoeLayer {
     auto carve = [&](Carver carver) {
       row_tokens_ = carver.take<int32_t>(rows_);
       choice_rows_ = carver.take<int32_t>(call.tokens * call.top_k);
-      inputs_ = carver.take<char>(rows_ * kInputStride * variant_.element_bytes);
-      middle_ = carver.take<char>(rows_ * kMiddleStride * variant_.element_bytes);
+      const int64_t rows = rows_ + (variant_.rows_from ? kTileRows : 0);
+      inputs_ = carver.take<char>(rows * input_stride_ * variant_.element_bytes);
+      middle_ = carver.take<char>(rows * middle_stride_ * variant_.element_bytes);
       results_ = carver.take<float>(rows_ * kResultStride);
-      sums_ = carver.take<float>(pool_.threads() * kUnitTokens * kLanes);
+      sums_ = carver.take<float>(pool_.threads() * kSumRows * kLanes);
       return carver.used();
     };
     carve(Carver(large_.reserve(carve(Carver(nullptr)))));
@@ -248,8 +259,10 @@ class MoeLayer {
     const int64_t row = unit.first_row + tiles.first(index - unit.first_tile);
     const uint16_t* from[kMostTile];
     for (int64_t m = 0; m < tokens; ++m) from[m] = call.hidden + row_tokens_[row + m] * call.hidden_stride;
-    char* to = inputs_ + row * kInputStride * variant_.element_bytes;
-    if (variant_.element_bytes == 2)
+    char* to = inputs_ + row * input_stride_ * variant_.element_bytes;
+    if (by_rows(unit))
+      fill_rows(from, tokens, kHidden, input_stride_, to);
+    else if (variant_.element_bytes == 2)
       fill_tile<2>(from, tokens, kHidden, to);
     else
       fill_tile<4>(from, tokens, kHidden, to);
@@ -285,32 +298,34 @@ class MoeLayer {
       after = weights_of(*then.unit, which, first_of(then, following));
     }
     const int64_t first = first_of(run, task), last = std::min(first + kGroups[index], run.last_block);
-    for (int64_t block = first; block < last; ++block)
-      compute_block(*run.unit, which, block, block + 1 < last ? weights_of(*run.unit, which, block + 1) : after, worker);
+    compute_blocks(*run.unit, which, first, last, after, worker);
   }
 
-  void compute_block(const Unit& unit, Phase which, int64_t block, const uint32_t* next, int worker) const {
+  void compute_blocks(const Unit& unit, Phase which, int64_t block, int64_t last, const uint32_t* next,
+                      int worker) const {
     Task task{};
     task.phase = which;
     task.tokens = unit.rows;
+    task.blocks = last - block;
     task.weights = weights_of(unit, which, block);
+    task.weight_stride = which == Phase::gate_up ? kGateUpBlockLanes : kDownBlockLanes;
     if constexpr (kBias) task.bias = bias_of(unit, which, block);
     task.next = next;
-    task.sums = sums_ + worker * kUnitTokens * kLanes;
-    char* middle = middle_ + unit.first_row * kMiddleStride * variant_.element_bytes;
+    task.sums = sums_ + worker * kSumRows * kLanes;
+    char* middle = middle_ + unit.first_row * middle_stride_ * variant_.element_bytes;
     if (which == Phase::gate_up) {
       task.pairs = kHiddenPairs;
-      task.activations = inputs_ + unit.first_row * kInputStride * variant_.element_bytes;
-      task.activation_stride = kInputStride;
+      task.activations = inputs_ + unit.first_row * input_stride_ * variant_.element_bytes;
+      task.activation_stride = input_stride_;
       task.intermediate = middle;
-      task.intermediate_stride = kMiddleStride;
+      task.intermediate_stride = middle_stride_;
       task.intermediate_pair = block * kGateLanes / 2;
-      task.columns = std::min(kGateLanes, kIntermediate - block * kGateLanes);
+      task.columns = kIntermediate - block * kGateLanes;
     } else {
       task.first_pair = unit.first_block * kGateLanes / 2;
       task.pairs = kIntermediatePairs - task.first_pair;
       task.activations = middle;
-      task.activation_stride = kMiddleStride;
+      task.activation_stride = middle_stride_;
       task.results = results_ + unit.first_row * kResultStride + block * kLanes;
       task.result_stride = kResultStride;
     }
@@ -340,6 +355,7 @@ class MoeLayer {
 
   const Variant& variant_;
   Pool& pool_;
+  const int64_t input_stride_, middle_stride_;
   Workspace small_, large_;
 
   // Of the call in progress.

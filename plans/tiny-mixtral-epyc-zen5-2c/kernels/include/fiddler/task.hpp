@@ -11,28 +11,35 @@ enum class Phase : int32_t {
   down,     // y = intermediate Wdown + b, for one block of 32 output columns
 };
 
-// One block of outputs for some of one expert's tokens.
+// A tile of tokens and inputs, for variants that multiply such.
+constexpr int64_t kTileRows = 16, kTileInputs = 32;
+
+// Consecutive blocks of outputs for some of one expert's tokens.
 //
 // Activations are the variant's elements: bf16, or fp32 holding bf16 values for variants without a bf16 multiply. They lie
 // in tiles, as many tokens as a register tile takes (Tiles below): the tile of M tokens that begins at token t starts at
-// element t * stride and holds [pairs][M][2] elements, so that a kernel reads it as one stream.
+// element t * stride and holds [pairs][M][2] elements, so that a kernel reads it as one stream. From Variant::rows_from tokens
+// on they lie row by row instead, [tokens][stride], with zeros up to a multiple of kTileInputs; up to kTileRows rows behind
+// them may be read, whatever they hold, and as many of the sums written.
 struct Task {
   Phase phase;
   int64_t tokens;
   int64_t pairs;              // depth: inputs of the block, in pairs
   int64_t first_pair;         // of the activations: the tiles' pairs before it belong to no weight here
-  const uint32_t* weights;    // the block: [pairs][32] lanes
-  const float* bias;          // of the block's 32 lanes; null where experts have none
-  const uint32_t* next;       // the block that this thread works on next, worth fetching; or null
+  int64_t blocks;
+  const uint32_t* weights;    // the first block: [pairs][32] lanes
+  int64_t weight_stride;      // lanes from one block to the next
+  const float* bias;          // of the first block's 32 lanes, the others' behind; null where experts have none
+  const uint32_t* next;       // the block that this thread works on after these, worth fetching; or null
   const void* activations;
   int64_t activation_stride;  // elements
   float* sums;                // scratch, [tokens][32]
-  float* results;             // down: the block's columns of the first token; rows result_stride apart
+  float* results;             // down: the first block's columns of the first token; rows result_stride apart
   int64_t result_stride;
   void* intermediate;         // gate_up: the result, in tiles like the activations
   int64_t intermediate_stride;
-  int64_t intermediate_pair;  // where in the tiles the block's 8 pairs begin
-  int64_t columns;            // gate_up: how many of the 16 columns exist
+  int64_t intermediate_pair;  // where in the tiles the first block's 8 pairs begin
+  int64_t columns;            // gate_up: how many columns there are from the first block's on
 };
 
 // A kernel variant and what the host has to know to call it.
@@ -40,8 +47,10 @@ struct Variant {
   const char* isa;
   const char* symbol;
   bool (*usable)();                        // baseline code: asks the CPU and the operating system
+  bool (*permit)();                        // asks the system for the registers, when a library is opened
   int32_t element_bytes;                   // of an activation: 2 or 4
   int32_t tile_tokens;                     // most tokens of a tile
+  int32_t rows_from;                       // from so many tokens on activations lie row by row; 0: never
   void (*run)(const Task&);
   double (*burn)(int64_t steps);           // keeps the multiply units busy; returns the floating-point operations done
   void (*read)(const void*, int64_t);      // reads so many bytes
