@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fiddler_runtime import compat, makespan, strict
+from fiddler_runtime import compat, drift, makespan, strict
 from fiddler_runtime import plan as plan_format
 from fiddler_runtime.build import build_kernels, find_toolchain
-from fiddler_runtime.errors import FiddlerError, FiddlerWarning
+from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import available_bytes, refused, this_machine
 from fiddler_runtime.plan import HardwareSummary, Header, Plan
@@ -400,8 +399,7 @@ def record_trace(
             # For its kernels: on the CPU nothing else of it is used, and its latencies mean nothing.
             request = CompileRequest(model, "a100", Path(folder, "plan"), batch=1)
             plan = compile_plan(request, progress).plan
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* what the plan says", FiddlerWarning)
+        with drift.unheeded():
             trace = tracing.record(
                 Path(model),
                 spec,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fiddler_runtime import drift
 from fiddler_runtime.plan import Plan
 
 from ..ir import StepSample
@@ -33,7 +34,8 @@ def measure_rest(plan: Plan, model_dir: Path, *, progress: Progress | None = Non
 
     model = hf.load(model_dir, on_both_sides(plan))
     try:
-        return measure_rest_of(model, plan, progress=progress)
+        with drift.unheeded():
+            return measure_rest_of(model, plan, progress=progress)
     finally:
         model.fiddler.close()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, cast
 
+import numpy as np
 import torch
 
 from fiddler_runtime.errors import FiddlerError
@@ -127,7 +128,10 @@ def measure(
                 session.watch(kernels)
                 # Weights that lie in a cache are read at the same rate whatever the memory does.
                 session.kernels = kernels if rotated > machine.l3_bytes else None
-                cpu = CpuExpert(kernels, rotated_copies(packed_bytes(*shape), rotated, machine), limits.cpu_entry_us)
+                cpu = CpuExpert(kernels, rotated_copies(packed_bytes(*shape), rotated, machine))
+                if library is first:
+                    limits = replace(limits, cpu_entry_us=_cpu_entry(session, cpu, shape[0], where))
+                cpu.entry_us = limits.cpu_entry_us
                 if device.kind == "none":
                     session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa, where)
                     continue
@@ -287,7 +291,7 @@ class _Session:
 def _limits(session: _Session, library: KernelLibrary, threads: int, device: Device, cache: int, quick: bool) -> Limits:
     """The machine's ceilings. Each is the best of several probes: what it can do, not what it did on average.
 
-    The host memory's is known in the end, when it has been read often.
+    The host memory's is known in the end, when it has been read often, and the CPU lane's entry with its experts.
     """
     probes = 5 if quick else 20
     with library.open(None, threads, beside_torch=device.kind == "none") as kernels:
@@ -295,12 +299,11 @@ def _limits(session: _Session, library: KernelLibrary, threads: int, device: Dev
         peak = max(kernels.peak_gflops(4 * PROBE_MS) for _ in range(probes))
         hidden = library.spec.hidden_size
         lane = CpuExpert(kernels, 1)
-        cpu_entry = _median(after_attention(lane.entry(), 1, hidden, device.torch_device))
         if device.kind != "none":
             entry = queue_entry(device, hidden, lane.timed(1))
             gpu_entry = _median(after_attention(entry, 1, hidden, device.torch_device))
     if device.kind == "none":
-        return Limits(threads, *read, peak, 0.0, 0.0, 0.0, 0.0, cpu_entry, 0.0)
+        return Limits(threads, *read, peak, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     if device.kind == "simulated":
         with library.open(None, 1) as kernels:
             gpu_read = max(kernels.read_gbps(session.probed) for _ in range(probes))
@@ -315,7 +318,27 @@ def _limits(session: _Session, library: KernelLibrary, threads: int, device: Dev
         up = _COPY_BYTES / 1e3 / min(repeat(to_host, seconds=0.2, least=5, most=50))
     finally:
         copies.close()
-    return Limits(threads, *read, peak, gpu_read, gpu_peak, down, up, cpu_entry, gpu_entry)
+    return Limits(threads, *read, peak, gpu_read, gpu_peak, down, up, 0.0, gpu_entry)
+
+
+def _cpu_entry(session: _Session, cpu: CpuExpert, hidden_size: int, where: torch.device) -> float:
+    """What a layer of one token pays once: where a line through its times with one, two, ... experts begins.
+
+    At least a call without any, in which no thread has to wake up; that alone for experts beside which it is nothing.
+    """
+    counts = range(cpu.together + 1 if cpu.together > 1 else 1)
+    calls = [after_attention(cpu.layer(1, count), 1, hidden_size, where, session.displaced) for count in counts]
+    times: list[list[float]] = [[] for _ in counts]
+
+    def turn(index: int) -> float:
+        for call, found in zip(calls, times, strict=True):
+            found.append(call(index))
+        return 0.0
+
+    repeat(turn, seconds=0.2 * len(calls), least=20, most=500, warm_up=5)
+    none, *some = map(statistics.median, times)
+    begin = float(np.polyfit(counts[1:], some, 1)[1]) if some else none
+    return round(max(none, begin), 3)
 
 
 def _contention(

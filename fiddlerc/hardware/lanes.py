@@ -63,9 +63,9 @@ class CpuExpert:
     entry_us  of the lane, which a layer pays once
     """
 
-    def __init__(self, kernels: Kernels, copies: int, entry_us: float = 0.0) -> None:
+    def __init__(self, kernels: Kernels, copies: int) -> None:
         self._kernels = kernels
-        self._entry_us = entry_us
+        self.entry_us = 0.0
         self._hidden_size = kernels.library.spec.hidden_size
         nbytes = kernels.library.packed_bytes
         self._weights = random_weights(copies * nbytes)
@@ -82,34 +82,31 @@ class CpuExpert:
         other._kernels = kernels
         return other
 
+    @property
+    def together(self) -> int:
+        """Experts that a call has at most."""
+        return self._experts
+
     def timed(self, tokens: int) -> Timed:
         """One expert with that many tokens; microseconds, the lane's entry included."""
-        count, entry_us = self._experts, self._entry_us
+        count, entry_us = self._experts, self.entry_us
+        layer = self.layer(tokens, count)
+        if count == 1:
+            return layer
+        return lambda index: entry_us + max(0.0, layer(index) - entry_us) / count
+
+    def layer(self, tokens: int, experts: int) -> Timed:
+        """A call whose tokens all chose so many experts, `together` at most; 0: one that is not in this lane."""
         hidden = torch.randn(tokens, self._hidden_size).to(_BF16)
-        ids = torch.arange(count).repeat(tokens, 1)
-        weights = torch.ones(tokens, count)
+        ids = (torch.arange(experts) if experts else torch.tensor([-1])).repeat(tokens, 1)
+        weights = torch.ones(ids.shape)
         out = torch.zeros(tokens, self._hidden_size)
-        moe, pointers, strategy = self._kernels.moe, self._pointers, np.full(count, CPU, np.uint8)
+        moe, pointers, strategy = self._kernels.moe, self._pointers, np.full(self._experts, CPU, np.uint8)
 
         def call(index: int) -> float:
-            experts = pointers[index % len(pointers)]
+            chosen = pointers[index % len(pointers)]
             started = time.perf_counter_ns()
-            moe(hidden, ids, weights, experts, out, strategy)
-            us = (time.perf_counter_ns() - started) / 1e3
-            return us if count == 1 else entry_us + max(0.0, us - entry_us) / count
-
-        return call
-
-    def entry(self) -> Timed:
-        """A call with one token that chose no expert of ours: what entering the lane costs."""
-        hidden = torch.zeros(1, self._hidden_size, dtype=_BF16)
-        ids = torch.full((1, 1), -1, dtype=torch.int64)
-        weights, out = torch.ones(1, 1), torch.zeros(1, self._hidden_size)
-        strategy = np.full(self._experts, CPU, np.uint8)
-
-        def call(index: int) -> float:
-            started = time.perf_counter_ns()
-            self._kernels.moe(hidden, ids, weights, self._pointers[0], out, strategy)
+            moe(hidden, ids, weights, chosen, out, strategy)
             return (time.perf_counter_ns() - started) / 1e3
 
         return call

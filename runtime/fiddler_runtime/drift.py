@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from .errors import FiddlerWarning
 from .machine import AcceleratorKind, cpu_lane_threads
 from .plan import Header, Plan
 
@@ -28,6 +32,14 @@ class _Sums:
     layers: int = 0
     predicted_us: float = 0.0
     actual_us: float = 0.0
+
+
+@contextmanager
+def unheeded() -> Iterator[None]:
+    """Nothing is said within: where a plan's times are not known yet, or not meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* what the plan says", FiddlerWarning)
+        yield
 
 
 class _Window:

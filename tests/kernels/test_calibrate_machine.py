@@ -65,6 +65,7 @@ def test_a_calibration_has_every_quantity_and_makes_a_latency_model(library: Ker
     assert (calibration.name, calibration.provenance) == ("here", "measured")
     assert calibration.source.startswith("A test.")
     assert calibration.machine.accelerator.kind == "simulated"
+    assert calibration.limits.cpu_entry_us > 0 and calibration.limits.gpu_entry_us > 0
     count = Counter(sample.quantity for sample in calibration.samples)
     assert count["cpu_expert"] == count["gpu_expert"] == 6
     assert count["cpu_expert_while_copying"] == 3
