@@ -136,7 +136,7 @@ def measure(
                     session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa, where)
                     continue
                 # A simulated accelerator has a core of the CPU's, and reads the same memory. Each lane is measured
-                # while the other works, as in a layer that has work for both: all the time if weights come from memory.
+                # while the other works, as in a layer that has work for both: half the time if weights come from memory.
                 gpu = AcceleratorExpert(
                     device,
                     library.spec.expert,
@@ -270,7 +270,9 @@ class _Session:
         calls: dict[int, Timed] = {}
 
         def once(tokens: int) -> float:
-            calls[tokens] = after_attention(timed(tokens), tokens, shape[0], where, self.displaced)
+            repetition = after_attention(timed(tokens), tokens, shape[0], where, self.displaced)
+            # Of two lanes that need the same memory, one is at work alone when the other's share of a layer is done.
+            calls[tokens] = self.beside.half(repetition)
             calls[tokens](0)  # touches its buffers
             return calls[tokens](1)
 
@@ -357,7 +359,8 @@ def _contention(
     effort, tokens = session.effort, tokens[:_CONTENTION_TOKENS]
     nbytes = packed_bytes(*shape)
     slot = effort.seconds / 4 / effort.rounds / len(tokens)
-    calls = {n: after_attention(timed(n), n, shape[0], device.torch_device, session.displaced) for n in tokens}
+    where, half = device.torch_device, session.beside.half
+    calls = {n: half(after_attention(timed(n), n, shape[0], where, session.displaced)) for n in tokens}
     copies = Copies(device, nbytes, cache)
 
     def while_copying(n: int) -> list[float]:

@@ -328,6 +328,7 @@ class Background:
 
     def __init__(self) -> None:
         self._turn, self._working = threading.Lock(), threading.Lock()
+        self._active = False
 
     @contextmanager
     def running(self, timed: Timed | None) -> Iterator[None]:
@@ -347,12 +348,26 @@ class Background:
                 index += 1
 
         thread = threading.Thread(target=work, name="fiddler-background", daemon=True)
+        self._active = True
         thread.start()
         try:
             yield
         finally:
             stop.set()
             thread.join()
+            self._active = False
+
+    def half(self, timed: Timed) -> Timed:
+        """The mean of two repetitions, one of them while this pauses; `timed` itself where nothing is done."""
+        if not self._active:
+            return timed
+
+        def call(index: int) -> float:
+            with self.paused():
+                alone = timed(index)
+            return (alone + timed(index)) / 2
+
+        return call
 
     @contextmanager
     def paused(self) -> Iterator[None]:

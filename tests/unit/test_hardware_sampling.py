@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -69,6 +70,28 @@ def test_what_runs_beside_pauses() -> None:
             while len(counted) == before:
                 time.sleep(1e-4)
     assert counted == list(range(len(counted)))
+
+
+def test_half_of_a_measurement_is_alone() -> None:
+    """What is timed takes 1 us alone, and 3 us while something else does."""
+    working = threading.Event()
+    background = Background()
+
+    def beside(_: int) -> float:
+        working.set()
+        time.sleep(1e-3)
+        working.clear()
+        return 0.0
+
+    def timed(_: int) -> float:
+        until = time.perf_counter() + 5e-3
+        while not working.is_set() and time.perf_counter() < until:
+            time.sleep(1e-4)
+        return 3.0 if working.is_set() else 1.0
+
+    assert background.half(timed) is timed
+    with background.running(beside):
+        assert {background.half(timed)(index) for index in range(5)} == {2.0}
 
 
 def test_as_many_repetitions_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
