@@ -23,13 +23,14 @@ from .catalog import SCHEMA
 from .lanes import (
     ATTENTION_BYTES,
     AcceleratorExpert,
-    Background,
     Copies,
     CpuExpert,
     accelerator_peak_gflops,
     accelerator_read_gbps,
     after_attention,
+    beside,
     launches,
+    mean,
     memory_probe,
     queue_entry,
 )
@@ -38,6 +39,7 @@ from .sampling import ATTEMPTS, Guard, Point, Timed, repeat, samples, sizes_with
 
 Progress = Callable[[str, int, int], None]
 Shape = tuple[int, int]
+ByTokens = Callable[[int], Timed]
 
 _MIB = 1 << 20
 _UNKNOWN_CACHE = 32 * _MIB  # taken for the last-level cache where the system does not tell its size
@@ -135,35 +137,31 @@ def measure(
                 if device.kind == "none":
                     session.experts("cpu_expert", shape, cpu.timed, threads, kernels.isa, where)
                     continue
-                # A simulated accelerator has a core of the CPU's, and reads the same memory. Each lane is measured
-                # while the other works, as in a layer that has work for both: half the time if weights come from memory.
                 gpu = AcceleratorExpert(
                     device,
                     library.spec.expert,
                     rotated_copies(packed_bytes(*shape), _rotated_there(device, rotated), machine),
                 )
-                busy = device.kind == "simulated"
-                shared = busy and rotated > machine.l3_bytes
-                each = busy and not shared
-                with session.beside.running(gpu.timed(1) if shared else None):
-                    timed = partial(gpu.meanwhile, cpu.timed) if each else cpu.timed
-                    tokens = session.experts("cpu_expert", shape, timed, threads, kernels.isa, where)
-                    _contention(session, device, shape, cpu.timed, cache, tokens, kernels)
-                if not shared:  # an accelerator's own memory has one bandwidth
+                lanes: tuple[ByTokens, ByTokens] = cpu.timed, gpu.timed
+                if device.kind == "simulated":
+                    lanes = _shared(cpu, gpu, memory=rotated > machine.l3_bytes)
+                on_cpu, on_gpu = lanes
+                tokens = session.experts("cpu_expert", shape, on_cpu, threads, kernels.isa, where)
+                _contention(session, device, shape, on_cpu, cache, tokens, kernels)
+                if device.kind == "cuda":  # whose own memory has one bandwidth
                     session.kernels = None
-                with session.beside.running(cpu.timed(1) if shared else None):
-                    once = cpu.timed if each else None
-                    session.experts("gpu_expert", shape, partial(gpu.timed, meanwhile=once), 1, "torch", where)
+                session.experts("gpu_expert", shape, on_gpu, 1, "torch", where)
                 session.kernels = None
                 if library is first:
                     _launch(session, device)
                 # The simulated copy engine is one thread more on those cores.
+                busy = device.kind == "simulated"
                 with (
-                    session.beside.running(cpu.timed(_BUSY_TOKENS) if busy else None),
-                    Background().running(gpu.timed(_BUSY_TOKENS) if busy else None),
+                    beside(cpu.timed(_BUSY_TOKENS) if busy else None),
+                    beside(gpu.timed(_BUSY_TOKENS) if busy else None),
                 ):
                     _copies(session, device, shape, rotated, copied)
-                del cpu, gpu, once, timed
+                del cpu, gpu, lanes, on_cpu, on_gpu
     regimes = split_regimes(session.reads)
     limits = replace(
         limits,
@@ -181,7 +179,6 @@ class _Session:
 
     taken       the points, in the order of their measurement
     reads       the memory's bandwidth, GB/s, again and again
-    beside      what runs meanwhile; it pauses while memory is read
     kernels     whose measurements depend on the memory's bandwidth, or None
     displaced   bytes that attention displaces from caches
     """
@@ -191,7 +188,6 @@ class _Session:
         self.points = self.disturbed = 0
         self.taken: list[Point] = []
         self.reads: list[float] = []
-        self.beside = Background()
         self.kernels: Kernels | None = None
         self.displaced = ATTENTION_BYTES
         self._guard: Guard | None = None
@@ -213,9 +209,8 @@ class _Session:
         self._guard = Guard(probe)
 
     def read_memory(self, kernels: Kernels) -> float:
-        """The memory's bandwidth now, GB/s, with nothing beside."""
-        with self.beside.paused():
-            self.reads.append(kernels.read_gbps(self.probed))
+        """The memory's bandwidth now, GB/s."""
+        self.reads.append(kernels.read_gbps(self.probed))
         return self.reads[-1]
 
     def at_one_bandwidth(self, measure: Callable[[], list[float]]) -> tuple[float | None, list[float]]:
@@ -256,7 +251,7 @@ class _Session:
         self,
         quantity: Quantity,
         shape: Shape,
-        timed: Callable[[int], Timed],
+        timed: ByTokens,
         threads: int,
         isa: str,
         where: torch.device,
@@ -270,9 +265,7 @@ class _Session:
         calls: dict[int, Timed] = {}
 
         def once(tokens: int) -> float:
-            repetition = after_attention(timed(tokens), tokens, shape[0], where, self.displaced)
-            # Of two lanes that need the same memory, one is at work alone when the other's share of a layer is done.
-            calls[tokens] = self.beside.half(repetition)
+            calls[tokens] = after_attention(timed(tokens), tokens, shape[0], where, self.displaced)
             calls[tokens](0)  # touches its buffers
             return calls[tokens](1)
 
@@ -323,6 +316,24 @@ def _limits(session: _Session, library: KernelLibrary, threads: int, device: Dev
     return Limits(threads, *read, peak, gpu_read, gpu_peak, down, up, 0.0, gpu_entry)
 
 
+def _shared(cpu: CpuExpert, gpu: AcceleratorExpert, *, memory: bool) -> tuple[ByTokens, ByTokens]:
+    """One expert in the CPU lane, and one on an accelerator that has a core of the same CPU.
+
+    Each while the other lane has an expert, too, as in a layer that has work for both. Lanes that read the same memory
+    slow each other down: half of the repetitions are alone then, since layers have work for one lane alone.
+    """
+
+    def on_cpu(tokens: int) -> Timed:
+        both = gpu.meanwhile(cpu.timed, tokens)
+        return mean(both, cpu.timed(tokens)) if memory else both
+
+    def on_gpu(tokens: int) -> Timed:
+        both = gpu.timed(tokens, cpu.timed)
+        return mean(both, gpu.timed(tokens)) if memory else both
+
+    return on_cpu, on_gpu
+
+
 def _cpu_entry(session: _Session, cpu: CpuExpert, hidden_size: int, where: torch.device) -> float:
     """What a layer of one token pays once: where a line through its times with one, two, ... experts begins.
 
@@ -347,7 +358,7 @@ def _contention(
     session: _Session,
     device: Device,
     shape: Shape,
-    timed: Callable[[int], Timed],
+    timed: ByTokens,
     cache: int,
     tokens: tuple[int, ...],
     kernels: Kernels,
@@ -359,12 +370,11 @@ def _contention(
     effort, tokens = session.effort, tokens[:_CONTENTION_TOKENS]
     nbytes = packed_bytes(*shape)
     slot = effort.seconds / 4 / effort.rounds / len(tokens)
-    where, half = device.torch_device, session.beside.half
-    calls = {n: half(after_attention(timed(n), n, shape[0], where, session.displaced)) for n in tokens}
+    calls = {n: after_attention(timed(n), n, shape[0], device.torch_device, session.displaced) for n in tokens}
     copies = Copies(device, nbytes, cache)
 
     def while_copying(n: int) -> list[float]:
-        with Background().running(copies.expert(*shape)):
+        with beside(copies.expert(*shape)):
             return repeat(calls[n], seconds=slot, least=effort.least, most=effort.most, warm_up=_WARM_UP)
 
     try:

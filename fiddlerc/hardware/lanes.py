@@ -323,57 +323,32 @@ def after_attention(
     return call
 
 
-class Background:
-    """Something that is done again and again in a thread of its own, while something else is measured."""
+@contextmanager
+def beside(timed: Timed | None) -> Iterator[None]:
+    """While something else is measured, does that again and again in a thread of its own; nothing if None."""
+    if timed is None:
+        yield
+        return
+    stop = threading.Event()
 
-    def __init__(self) -> None:
-        self._turn, self._working = threading.Lock(), threading.Lock()
-        self._active = False
+    def work() -> None:
+        index = 0
+        while not stop.is_set():
+            timed(index)
+            index += 1
 
-    @contextmanager
-    def running(self, timed: Timed | None) -> Iterator[None]:
-        """Does that while the block runs; nothing if None."""
-        if timed is None:
-            yield
-            return
-        stop = threading.Event()
+    thread = threading.Thread(target=work, name="fiddler-other-lane", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
-        def work() -> None:
-            index = 0
-            while not stop.is_set():
-                with self._turn:  # whoever pauses waits here, for one call at most
-                    pass
-                with self._working:
-                    timed(index)
-                index += 1
 
-        thread = threading.Thread(target=work, name="fiddler-background", daemon=True)
-        self._active = True
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            self._active = False
-
-    def half(self, timed: Timed) -> Timed:
-        """The mean of two repetitions, one of them while this pauses; `timed` itself where nothing is done."""
-        if not self._active:
-            return timed
-
-        def call(index: int) -> float:
-            with self.paused():
-                alone = timed(index)
-            return (alone + timed(index)) / 2
-
-        return call
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Nothing is done while the block runs."""
-        with self._turn, self._working:
-            yield
+def mean(one: Timed, other: Timed) -> Timed:
+    """Both in turn: the mean of their microseconds."""
+    return lambda index: (one(index) + other(index)) / 2
 
 
 def settle(device: Device) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from fiddlerc.hardware.lanes import Background
 from fiddlerc.hardware.regimes import Regimes
 from fiddlerc.hardware.sampling import ATTEMPTS, Guard, Point, repeat, samples, sizes_within
 
@@ -49,49 +46,6 @@ def test_points_are_of_the_regime_that_memory_was_in() -> None:
     two = Regimes(80.0, 40.0, 0.5)
     found = samples([point([1.0], 81.0), point([2.0], 42.0), point([3.0], 75.0), point([4.0])], two)
     assert [(sample.regime, sample.median_us) for sample in found] == [("fast", 3.0), ("slow", 2.0)]
-
-
-def test_what_runs_beside_pauses() -> None:
-    counted: list[int] = []
-    background = Background()
-
-    def call(index: int) -> float:
-        counted.append(index)
-        time.sleep(1e-4)
-        return 0.0
-
-    with background.running(call):
-        for _ in range(20):
-            before = len(counted)
-            with background.paused():
-                still = len(counted)
-                time.sleep(2e-3)
-                assert len(counted) == still
-            while len(counted) == before:
-                time.sleep(1e-4)
-    assert counted == list(range(len(counted)))
-
-
-def test_half_of_a_measurement_is_alone() -> None:
-    """What is timed takes 1 us alone, and 3 us while something else does."""
-    working = threading.Event()
-    background = Background()
-
-    def beside(_: int) -> float:
-        working.set()
-        time.sleep(1e-3)
-        working.clear()
-        return 0.0
-
-    def timed(_: int) -> float:
-        until = time.perf_counter() + 5e-3
-        while not working.is_set() and time.perf_counter() < until:
-            time.sleep(1e-4)
-        return 3.0 if working.is_set() else 1.0
-
-    assert background.half(timed) is timed
-    with background.running(beside):
-        assert {background.half(timed)(index) for index in range(5)} == {2.0}
 
 
 def test_as_many_repetitions_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
