@@ -13,7 +13,7 @@ from fiddler_runtime.machine import KNOWN_ISAS
 
 from ..ir import Activation, Blocking, ExpertForm, KernelSources, KernelSpec, KernelVariant, Machine
 from .names import format_name, format_symbol
-from .selection import UNIT_TOKENS, pair_tokens, select
+from .selection import UNIT_TOKENS, pair_tokens, quad_tokens, select
 from .targets import TARGETS, Target
 
 _LARGEST = 1 << 20
@@ -69,6 +69,7 @@ def generate(
             "rows_from": target.rows_from,
             "element_bytes": target.element_bytes,
             "tile_tokens": variant.blocking.tile_tokens,
+            "quad_tokens": quad_tokens(target),
             "flags": target.flags,
         }
         for target, variant in zip(targets, spec.variants, strict=True)
@@ -97,6 +98,7 @@ def generate(
             rows_from=target.rows_from,
             blocking=variant.blocking,
             pair_tokens=pair_tokens(target),
+            quad_tokens=quad_tokens(target),
         )
     files.update(_headers(targets))
     return KernelSources(spec=spec, files=dict(sorted(files.items())))

@@ -154,9 +154,18 @@ def registers(target: Target, tokens: int, vectors: int) -> int:
 
 def pair_tokens(target: Target) -> int:
     """Most tokens whose tile holds two packed rows, of two blocks beside each other; or 0."""
+    return _beside_tokens(target, 2)
+
+
+def quad_tokens(target: Target) -> int:
+    """Most tokens that take four blocks at once; or 0. More than one gained nothing where registers hold them."""
+    return min(1, _beside_tokens(target, 4))
+
+
+def _beside_tokens(target: Target, blocks: int) -> int:
     if target.rows_from:  # few tokens are vectors there
         target = replace(target, rows_from=0, registers=_AVX512_REGISTERS)
-    vectors = 2 * ROW_LANES // target.lanes
+    vectors = blocks * ROW_LANES // target.lanes
     return max((m for m in range(1, 64) if registers(target, m, vectors) <= target.registers), default=0)
 
 
@@ -297,6 +306,10 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
         f"k_block {chosen.k_block}: {format_bytes(working_set(target, chosen.k_block))} of the {format_bytes(l2)} L2; "
         "larger ones move the sums less often",
     ]
+    if quad_tokens(target):
+        lines.append(
+            "one token takes four blocks of outputs at once: the hardware's prefetching keeps up with so many streams"
+        )
     if pairs := pair_tokens(target):
         lines.append(
             f"up to {pairs} tokens two blocks of outputs at once, fetched {chosen.fetch_bytes // 2} bytes ahead: "

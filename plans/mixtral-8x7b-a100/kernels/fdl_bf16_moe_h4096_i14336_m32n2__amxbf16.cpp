@@ -8,6 +8,7 @@ namespace {
 struct Tile {
   static constexpr int kTokens = 32;
   static constexpr int kPairTokens = 6;
+  static constexpr int kQuadTokens = 1;
   static constexpr int64_t kDepthPairs = 512;
   static constexpr int64_t kFetchTokens = 7;
   static constexpr int64_t kFetchBytes = 8192;

@@ -16,6 +16,7 @@
 // A Tile provides
 //   kTokens             most tokens of a register tile
 //   kPairTokens         most tokens with which a register tile takes the rows of two blocks beside each other; or 0
+//   kQuadTokens         and of four
 //   vectors(tokens)     of outputs beside each other in a tile of so many tokens
 //   kDepthPairs         depth block of several passes: its weights and the next one's stay in the second-level cache
 //   kFetchTokens        from so many tokens on one pass fetches the weights ahead of itself
@@ -28,7 +29,7 @@
 
 namespace {
 
-// One depth block of one block of outputs, or of two blocks beside each other.
+// One depth block of one block of outputs, or of two or four blocks beside each other.
 struct Block {
   const uint32_t* weights;
   int64_t stride;        // lanes from a block to the one beside it
@@ -49,9 +50,17 @@ struct Fetch {
 template <class Isa, int kStep, int M, int N, int B>
 [[gnu::always_inline]] inline void multiply(typename Isa::Vector (&acc)[M][B * N], const typename Isa::Element* x,
                                             const uint32_t* w, int64_t stride) {
+  const auto load = [=](int n) { return Isa::template load<kStep>(w + n / N * stride + n % N * Isa::kLanes); };
+  if constexpr (B == 4) {
+    static_assert(M == 1);
+    const typename Isa::Inputs inputs = Isa::template broadcast<kStep>(x);
+#pragma GCC unroll 16
+    for (int n = 0; n < B * N; ++n) acc[0][n] = Isa::multiply_add(acc[0][n], load(n), inputs);
+    return;
+  }
   typename Isa::Weights weights[B * N];
 #pragma GCC unroll 16
-  for (int n = 0; n < B * N; ++n) weights[n] = Isa::template load<kStep>(w + n / N * stride + n % N * Isa::kLanes);
+  for (int n = 0; n < B * N; ++n) weights[n] = load(n);
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
     const typename Isa::Inputs inputs = Isa::template broadcast<kStep>(x + 2 * m);
@@ -114,8 +123,8 @@ inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, c
       const int64_t most = block.pairs < kAhead ? 0 : block.pairs - kAhead;
       const auto* ahead = reinterpret_cast<const char*>(w) + kAhead * fdl::kRowBytes;
       const Fetch fetch{ahead, most, next ? next : ahead + most * fdl::kRowBytes};
-      if (B > 1 || tokens >= Tile::kFetchTokens)
-        strip<Isa, M, N, B, 2>(x, w, block.stride, block.pairs, begin, to + column, to_stride, to_beside, fetch);
+      if (B == 2 || (B == 1 && tokens >= Tile::kFetchTokens))
+        strip<Isa, M, N, B, B < 4 ? 2 : 0>(x, w, block.stride, block.pairs, begin, to + column, to_stride, to_beside, fetch);
       else
         strip<Isa, M, N, B, 0>(x, w, block.stride, block.pairs, begin, to + column, to_stride, to_beside, fetch);
     } else if constexpr (B == 1) {
@@ -170,11 +179,14 @@ inline void add_bias(const fdl::Task& task, int64_t first, int64_t tokens) {
 
 // B blocks beside each other, the first of which is `task`'s. `next` is worth fetching after them; or null.
 //
-// Tokens of one tile read the weights once, straight through, fetched a little ahead; the fewest tokens read two blocks at
-// once: memory serves two streams sooner than one. Several tiles cut the depth in blocks that they pass over in turn, while
-// the next block is fetched: memory and multiply units work at the same time.
+// Tokens of one tile read the weights once, straight through, fetched a little ahead; few tokens read two blocks at once:
+// memory serves two streams sooner than one. The fewest read four, which the hardware's own prefetching keeps up with.
+// Several tiles cut the depth in blocks that they pass over in turn, while the next block is fetched: memory and multiply
+// units work at the same time.
+//
+// Not inlined: GCC 12 would keep the addresses of four blocks on the stack.
 template <class Isa, class Tile, int B>
-inline void run_blocks(const fdl::Task& task, const uint32_t* next) {
+[[gnu::noinline]] inline void run_blocks(const fdl::Task& task, const uint32_t* next) {
   using Element = typename Isa::Element;
   const Tiles tiles(task.tokens, Tile::kTokens);
   const int64_t passes =
@@ -194,7 +206,7 @@ inline void run_blocks(const fdl::Task& task, const uint32_t* next) {
       const Element* x = activations + token * task.activation_stride + 2 * (task.first_pair + first) * tokens;
       float* sums = task.sums + token * fdl::kLanes;
       const bool result = last && task.phase == fdl::Phase::down;
-      tile<Isa, Tile, B, B == 1 ? Tile::kTokens : Tile::kPairTokens>(
+      tile<Isa, Tile, B, B == 1 ? Tile::kTokens : B == 2 ? Tile::kPairTokens : Tile::kQuadTokens>(
           tokens, x, block, first ? sums : nullptr, result ? task.results + token * task.result_stride : sums,
           result ? task.result_stride : fdl::kLanes, result ? fdl::kLanes : tokens * fdl::kLanes);
       if (!last) continue;
@@ -211,12 +223,18 @@ inline void run_blocks(const fdl::Task& task, const uint32_t* next) {
 template <class Isa, class Tile>
 inline void run(const fdl::Task& task) {
   for (int64_t block = 0; block < task.blocks;) {
-    const int64_t beside = task.tokens <= Tile::kPairTokens && block + 1 < task.blocks ? 2 : 1;
+    const int64_t left = task.blocks - block;
+    const int64_t beside = task.tokens <= Tile::kQuadTokens && left >= 4   ? 4
+                           : task.tokens <= Tile::kPairTokens && left >= 2 ? 2
+                                                                           : 1;
     const fdl::Task part = from_block(task, block);
-    const uint32_t* next = block + beside < task.blocks ? part.weights + beside * task.weight_stride : task.next;
+    const uint32_t* next = beside < left ? part.weights + beside * task.weight_stride : task.next;
     if (beside == 1) run_blocks<Isa, Tile, 1>(part, next);
     if constexpr (Tile::kPairTokens > 0) {
       if (beside == 2) run_blocks<Isa, Tile, 2>(part, next);
+    }
+    if constexpr (Tile::kQuadTokens > 0) {
+      if (beside == 4) run_blocks<Isa, Tile, 4>(part, next);
     }
     block += beside;
   }

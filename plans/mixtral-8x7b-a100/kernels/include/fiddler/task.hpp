@@ -50,6 +50,7 @@ struct Variant {
   bool (*permit)();                        // asks the system for the registers, when a library is opened
   int32_t element_bytes;                   // of an activation: 2 or 4
   int32_t tile_tokens;                     // most tokens of a tile
+  int32_t quad_tokens;                     // up to so many tokens a task's blocks are taken four at a time; 0: never
   int32_t rows_from;                       // from so many tokens on activations lie row by row; 0: never
   void (*run)(const Task&);
   double (*burn)(int64_t steps);           // keeps the multiply units busy; returns the floating-point operations done

@@ -100,7 +100,7 @@ inline void store_results(const fdl::Task& task) {
 
 // As run_blocks() in kernel.hpp, with a pass for every two tiles of tokens. All tiles have as many rows: those that the last one
 // has too many are whatever lies behind the unit's activations, and nobody reads their sums.
-template <class Tile>
+template <class Isa, class Tile>
 inline void multiply_block(const fdl::Task& task, const uint32_t* following, int64_t tiles, int64_t rows) {
   const int64_t passes = (tiles + 1) / 2;
   AmxPass pass{};
@@ -139,7 +139,7 @@ inline void run_tiles(const fdl::Task& task) {
   configure(rows);
   for (int64_t block = 0; block < task.blocks; ++block) {
     const fdl::Task part = from_block(task, block);
-    multiply_block<Tile>(part, part.blocks > 1 ? part.weights + task.weight_stride : task.next, tiles, rows);
+    multiply_block<Isa, Tile>(part, part.blocks > 1 ? part.weights + task.weight_stride : task.next, tiles, rows);
     if (task.phase == fdl::Phase::gate_up)
       activate_rows<Isa>(part);
     else
