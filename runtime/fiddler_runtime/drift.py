@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ WINDOW_S = 5.0
 LEAST_LAYERS = 200
 LEAST_US = 50_000.0
 _PARTS = 20  # of the window, forgotten one by one
+LEAST_PARTS = 8
+"""Of the window, with work in each. Their median counts: a moment in which others had the CPU is no drift."""
 
 
 @dataclass
@@ -112,10 +115,11 @@ class Drift:
             return None
         for lane, window in self._windows.items():
             sums = window.total
-            if sums.layers < LEAST_LAYERS or sums.actual_us < LEAST_US or sums.predicted_us <= 0:
+            ratios = [part.actual_us / part.predicted_us for part in window.parts if part.predicted_us > 0]
+            if sums.layers < LEAST_LAYERS or sums.actual_us < LEAST_US or len(ratios) < LEAST_PARTS:
                 continue
             low, high = self._bounds[lane]
-            ratio = sums.actual_us / sums.predicted_us
+            ratio = statistics.median(ratios)
             if not low <= ratio <= high:
                 self._told = True
                 return self._words(lane, ratio)

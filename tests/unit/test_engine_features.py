@@ -197,7 +197,7 @@ def drifting(ratio: float, here: Setup = AS_PLANNED, **options: Any) -> str | No
     """What a lane is said to do that takes `ratio` times its prediction from the start."""
     drift = drift_of(here, **options)
     for layer in range(WARM_UP + LEAST_LAYERS):
-        drift.note("cpu", layer / 1000, 1000.0, 1000.0 * (50.0 if layer < WARM_UP else ratio))
+        drift.note("cpu", layer / 50, 1000.0, 1000.0 * (50.0 if layer < WARM_UP else ratio))
         if layer < WARM_UP + LEAST_LAYERS - 1:
             assert drift.message() is None, "too early to tell"
     said = drift.message()
@@ -235,6 +235,13 @@ def test_the_last_seconds_count_and_not_the_past() -> None:
     assert work(drift, 60 + WINDOW_S / 10, 60, 1.2) is None
 
 
+def test_a_moment_in_which_others_had_the_cpu_is_no_drift() -> None:
+    drift = drift_of()
+    assert work(drift, 0, 1, 1.0) is None
+    assert work(drift, 1, 0.5, 100.0) is None
+    assert work(drift, 1.5, 10, 1.0) is None
+
+
 def test_long_layers_are_judged_by_their_number() -> None:
     """A layer a second: the window alone would never see enough of them."""
     assert work(drift_of(), 0, WARM_UP + LEAST_LAYERS - 1, 1.5, layer_s=1.0) is None
@@ -258,7 +265,10 @@ def test_a_plan_for_something_else_is_no_drift_of_the_machine(here: Setup, why: 
     assert "other programs" not in said
 
 
-def test_an_engine_warns_once_of_a_plan_that_is_wrong(tmp_path: Path, experts) -> None:  # type: ignore[no-untyped-def]
+def test_an_engine_warns_once_of_a_plan_that_is_wrong(  # type: ignore[no-untyped-def]
+    tmp_path: Path, experts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fiddler_runtime.drift.WINDOW_S", 0.1)
     plan = write_sample_plan(tmp_path / "plan", SPEC, us=1e5)  # every token ten times a second
     with Engine(plan, ExpertWeights.from_tensors(experts), strategies=("cpu",)) as engine, warnings.catch_warnings():
         warnings.simplefilter("error", FiddlerWarning)
