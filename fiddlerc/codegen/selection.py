@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.text import format_bytes
@@ -45,10 +45,9 @@ _ISSUE_PER_SLOT = 3  # six instructions a cycle beside two multiplies
 # AVX2 on Zen 4, where tile 2 x 4 takes 1.6 to 1.8 times as long as 4 x 2, which is bound by its multiplies.
 _VECTOR_FROM_L2_SLOTS = 6.0
 _PASS_SLOTS = 40.0  # entering a tile's loop and leaving it, beside moving its sums
-# A CPU with tiles: 16 rows of 16 sums, each of 32 products, take a cycle a row; its second-level cache gives 48 bytes
-# a cycle (Intel's figures for Sapphire Rapids; nothing was measured).
-_AVX512_REGISTERS = 32
-TILE_ROWS, TILE_INPUTS, _TILE_TOKENS, _TILE_VECTORS = 16, 32, 32, 2
+# A CPU with eight tiles: 16 rows of 16 sums, each of 32 products, take a cycle a row; its second-level cache gives 48
+# bytes a cycle (Intel's figures for Sapphire Rapids; nothing was measured).
+TILE_ROWS, TILE_INPUTS, _TILE_TOKENS, _TILE_VECTORS, _TILE_REGISTERS = 16, 32, 32, 2, 8
 _L2_BYTES_PER_SLOT = 48.0
 # The rest of a second-level cache is left to the outputs, the stack, and what prefetching brings too early.
 _L2_SHARE, _L1_SHARE = 0.75, 0.5
@@ -145,8 +144,6 @@ def finalists(selection: Selection) -> tuple[tuple[str, Candidate], ...]:
 
 def registers(target: Target, tokens: int, vectors: int) -> int:
     """Vector registers of a tile: its sums, and the weights of all vectors with one token's inputs, or the reverse."""
-    if target.rows_from:
-        return tokens // TILE_ROWS * vectors + tokens // TILE_ROWS + vectors
     weights, inputs = target.weight_registers, target.input_registers
     operands = min(vectors * weights + inputs, weights + tokens * inputs)
     return tokens * vectors + operands + target.constants
@@ -163,8 +160,6 @@ def quad_tokens(target: Target) -> int:
 
 
 def _beside_tokens(target: Target, blocks: int) -> int:
-    if target.rows_from:  # few tokens are vectors there
-        target = replace(target, rows_from=0, registers=_AVX512_REGISTERS)
     vectors = blocks * ROW_LANES // target.lanes
     return max((m for m in range(1, 64) if registers(target, m, vectors) <= target.registers), default=0)
 
@@ -340,9 +335,11 @@ def _explain_tiles(target: Target, best: Candidate, l2: int) -> tuple[str, ...]:
     chosen, few = best.blocking, target.rows_from - 1
     tokens, vectors = chosen.tile_tokens, chosen.tile_vectors
     at, limit = _instructions(target, few, ROW_LANES // target.lanes), _WINDOW // _ROWS_IN_FLIGHT
+    rows = tokens // TILE_ROWS
+    products, loads = rows * vectors, rows + vectors
     return (
-        f"tile {tokens} x {vectors}: {registers(target, tokens, vectors)} of {target.registers} tile registers; "
-        f"{tokens // TILE_ROWS * vectors} products beside {tokens // TILE_ROWS + vectors} loads",
+        f"tile {tokens} x {vectors}: {products + loads} of {_TILE_REGISTERS} tile registers; "
+        f"{products} products beside {loads} loads",
         f"tiles from {target.rows_from} tokens on: up to {few} a row is {at} instructions of the AVX-512 kernel, "
         f"{_ROWS_IN_FLIGHT} rows fit the out-of-order window up to {limit}, and memory is the limit of both",
         f"k_block {chosen.k_block}: {format_bytes(working_set(target, chosen.k_block))} of the {format_bytes(l2)} L2; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Target:
     element_bytes   of an activation: 2 (bf16) or 4 (fp32)
     rows_from       so many tokens of an expert and more are multiplied as tiles, from activations that lie row by row;
                     fewer as vectors, and the numbers below are of these. 0: all are vectors
-    permit          the function of cpu.hpp that asks the system for the registers when a library is opened
+    permit          the function of cpu.hpp or amx_permission.hpp that asks the system for the registers, on opening
     includes        further headers that its own needs and others do not
     functions       what the names of its functions run, burn in the header end with
 
@@ -132,30 +132,19 @@ TARGETS: dict[str, Target] = {
             input_instructions=4,
             multiplies=4,
         ),
-        # Eight tiles of 16 rows of 64 bytes: sums, activations, weights. Up to 6 tokens the memory is the limit of the
-        # AVX-512 kernel, whose plain loads the hardware's prefetching follows; from 7 on that would be held up by the
-        # multiplications (selection.py counts so), and tiles are a sixteenth of them.
-        Target(
-            isa="amx_bf16",
-            header="isa_amx_bf16.hpp",
-            policy="AmxBf16",
-            check="has_amx_bf16",
-            flags=(*_AVX512, "-mavx512bf16"),
-            element_bytes=2,
-            lanes=16,
-            registers=8,
-            constants=0,
-            weight_registers=1,
-            weight_loads=1,
-            weight_instructions=1,
-            input_registers=1,
-            input_loads=1,
-            input_instructions=1,
-            multiplies=1,
-            rows_from=7,
-            permit="permit_tiles",
-            functions="_tiles",
-            includes=("amx_tiles.hpp", "isa_avx512_bf16.hpp"),
-        ),
     )
 }
+
+# Up to 6 tokens the memory is the limit of the AVX-512 kernel, which is then what runs; from 7 on multiplications would
+# hold up the reading (selection.py counts so), and tiles are a sixteenth of them.
+TARGETS["amx_bf16"] = replace(
+    TARGETS["avx512_bf16"],
+    isa="amx_bf16",
+    header="isa_amx_bf16.hpp",
+    policy="AmxBf16",
+    check="has_amx_bf16",
+    rows_from=7,
+    permit="permit_tiles",
+    functions="_tiles",
+    includes=("amx_tiles.hpp", "isa_avx512_bf16.hpp"),
+)

@@ -289,8 +289,10 @@ def _limits(session: _Session, library: KernelLibrary, threads: int, device: Dev
     The host memory's is known in the end, when it has been read often, and the CPU lane's entry with its experts.
     """
     probes = 5 if quick else 20
+    read = 0.0, 0.0, 0.0
     with library.open(None, threads, beside_torch=device.kind == "none") as kernels:
-        read = max(session.read_memory(kernels) for _ in range(probes)), 0.0, 0.0
+        for _ in range(probes):
+            session.read_memory(kernels)
         peak = max(kernels.peak_gflops(4 * PROBE_MS) for _ in range(probes))
         hidden = library.spec.hidden_size
         lane = CpuExpert(kernels, 1)

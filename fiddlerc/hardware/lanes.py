@@ -41,7 +41,7 @@ _LAUNCHES = 100
 def random_weights(nbytes: int) -> torch.Tensor:
     """bf16 noise of a trained matrix's size, nbytes / 2 elements: a mebibyte of it, over and over (it is quick).
 
-    In the memory that the engine keeps weights in: off huge pages, one expert was read a third more slowly.
+    In the memory that the engine keeps weights in: off huge pages they are read more slowly.
     """
     pattern = torch.empty(1 << 19).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0)).to(_BF16)
     out = arena.allocate(nbytes)
