@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from fiddler_runtime.machine import this_machine
+from fiddlerc.hardware import calibrate
 from fiddlerc.hardware.regimes import Regimes
 from fiddlerc.hardware.sampling import ATTEMPTS, Guard, Point, repeat, samples, sizes_within
 
@@ -46,6 +48,35 @@ def test_points_are_of_the_regime_that_memory_was_in() -> None:
     two = Regimes(80.0, 40.0, 0.5)
     found = samples([point([1.0], 81.0), point([2.0], 42.0), point([3.0], 75.0), point([4.0])], two)
     assert [(sample.regime, sample.median_us) for sample in found] == [("fast", 3.0), ("slow", 2.0)]
+
+
+class Memory:
+    """Kernels that read memory at bandwidths as told."""
+
+    def __init__(self, *gbps: float) -> None:
+        self._gbps = iter(gbps)
+
+    def read_gbps(self, _: object) -> float:
+        return next(self._gbps)
+
+
+@pytest.mark.parametrize(
+    ("reads", "bandwidth", "times"),
+    [
+        ((80, 78), 79, [1.0]),
+        ((80, 45, 46, 44), 45, [2.0]),
+        ((80, 45, 80, 45, 80, 45), 62.5, [3.0]),  # it never stayed: the last attempt counts
+    ],
+)
+def test_a_point_is_measured_again_if_memory_changed(
+    monkeypatch: pytest.MonkeyPatch, reads: tuple[float, ...], bandwidth: float, times: list[float]
+) -> None:
+    monkeypatch.setattr(calibrate, "memory_probe", lambda _: None)
+    session = calibrate._Session(calibrate.QUICK, this_machine("none"), 1, None)
+    session.kernels = Memory(*reads)  # type: ignore[assignment]
+    results = iter([[1.0], [2.0], [3.0]])
+    assert session.at_one_bandwidth(lambda: next(results)) == (bandwidth, times)
+    assert session.reads == list(reads)
 
 
 def test_as_many_repetitions_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
