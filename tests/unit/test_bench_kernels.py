@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from bench.kernels import check, command, shapes, table
 from bench.kernels.__main__ import arguments
-from bench.kernels.contender import open_library, random_weights
+from bench.kernels.contender import Contender, open_library, random_weights
 from bench.kernels.measure import Peaks
 from bench.kernels.statistics import Sample, Work, least_seconds, paired, spread, steady
 from bench.peers.registry import PEERS, load_peer
@@ -87,6 +89,21 @@ def test_a_row_counts_what_it_leaves_out_and_says_when_nothing_is_left() -> None
     printed = table.pivot([row])
     assert "qwen3 2048x768, expert, 2 threads, avx2" in printed
     assert "| ours | 50 |" in printed and "| torch | 11? |" in printed
+    slower = row | {"figures": figures | {"slow": {"ours_times_faster": {"median": 9.0}}}}
+    assert table.best_peers([row, slower | {"tokens": 8}]).endswith("avx2 | 4.50 torch | 4.50 torch |")
+
+
+def test_who_uses_more_cpus_than_threads_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter((0.0, 1.0, 0.0, 2.0))  # begin and end of a call that takes a second: one CPU, then two
+    monkeypatch.setattr(
+        command, "time", SimpleNamespace(sleep=id, perf_counter=itertools.count().__next__, process_time=clock.__next__)
+    )
+    fair, greedy = (cast(Contender, SimpleNamespace(name=name)) for name in ("fair", "greedy"))
+    task = command._Task(call=None, work=[], first=[], errors=lambda _: [0.0])
+    assert command._check([fair, greedy], task, tokens=4, threads=1) == {"fair": 0.0}
+    assert "4 tokens without greedy: it used 2.0 CPUs, for 1 threads" in capsys.readouterr().err
 
 
 def test_every_shape_file_is_read() -> None:

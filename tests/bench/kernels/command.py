@@ -30,6 +30,7 @@ from .statistics import Work
 
 _SEED = 1
 _ROUTINGS = 8
+_SETTLE_SECONDS = 0.02  # until threads of the call before have stopped spinning
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
             raise FiddlerError(f"cannot write {path}", found="no such folder", hint=f"mkdir -p {path.parent}")
     if args.read:
         rows = [row for path in args.read for row in _read(path)]
-        print(table.pivot(rows))
+        print(f"{table.pivot(rows)}\n\n{table.best_peers(rows)}")
         if args.plot:
             plot.draw(rows, args.plot)
         return
@@ -115,7 +116,7 @@ def _measure_shape(
             )
             for tokens in args.tokens:
                 task = tasks.at(tokens)
-                errors = _check(contenders, task, tokens)
+                errors = _check(contenders, task, tokens, threads)
                 race = Race(
                     [c for c in contenders if c.name in errors],
                     weights.count,
@@ -231,14 +232,22 @@ class _Layer:
         )
 
 
-def _check(contenders: Sequence[Contender], task: _Task, tokens: int) -> dict[str, float]:
-    """The error of each contender that can do this task; the others are named with the reason."""
+def _check(contenders: Sequence[Contender], task: _Task, tokens: int, threads: int) -> dict[str, float]:
+    """The error of each contender that can do this task on so many threads; the others are named with the reason."""
     errors = {}
     for contender in contenders:
+        time.sleep(_SETTLE_SECONDS)
+        wall, own = time.perf_counter(), time.process_time()
         try:
-            errors[contender.name] = check.require(contender.name, tokens, task.errors(contender))
+            found = task.errors(contender)
         except RuntimeError as error:  # what a peer's operator raises for what it does not support
             _say(f"{tokens} tokens without {contender.name}: {str(error).splitlines()[0]}")
+            continue
+        cpus = (time.process_time() - own) / (time.perf_counter() - wall)
+        if cpus > threads + 0.5:  # as zentorch's layer does unless OMP_NUM_THREADS is that
+            _say(f"{tokens} tokens without {contender.name}: it used {cpus:.1f} CPUs, for {threads} threads")
+            continue
+        errors[contender.name] = check.require(contender.name, tokens, found)
     return errors
 
 

@@ -93,6 +93,21 @@ def pivot(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(out)
 
 
+def best_peers(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: how many times as fast as the fastest peer ours is, and which that is; one line for each case."""
+    counts = sorted({row["tokens"] for row in rows})
+    out = ["| times the best peer, tokens | " + " | ".join(map(str, counts)) + " |"]
+    out.append("| --- " * (len(counts) + 1) + "|")
+    for title, members in cases(rows).items():
+        cells = []
+        for count in counts:
+            peers = [(n, f) for m in members if m["tokens"] == count for n, f in m["figures"].items()]
+            ratios = [(f["ours_times_faster"]["median"], n) for n, f in peers if f.get("ours_times_faster")]
+            cells.append("{:.2f} {}".format(*min(ratios)) if ratios else "-")
+        out.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
 def _cell(figures: Mapping[str, Any] | None) -> str:
     if figures is None:
         return "-"
