@@ -91,13 +91,6 @@ inline void activate_rows(const fdl::Task& task) {
   }
 }
 
-template <class Isa>
-inline void store_results(const fdl::Task& task) {
-  for (int64_t token = 0; token < task.tokens; ++token)
-    __builtin_memcpy(task.results + token * task.result_stride, task.sums + token * fdl::kLanes, fdl::kRowBytes);
-  if constexpr (fdl::kBias) add_bias<Isa::kLanes>(task, 0, task.tokens);
-}
-
 // As run_blocks() in kernel.hpp, with a pass for every two tiles of tokens. All tiles have as many rows: those that the last one
 // has too many are whatever lies behind the unit's activations, and nobody reads their sums.
 template <class Isa, class Tile>
@@ -143,7 +136,7 @@ inline void run_tiles(const fdl::Task& task) {
     if (task.phase == fdl::Phase::gate_up)
       activate_rows<Isa>(part);
     else
-      store_results<Isa>(part);
+      store_tile<Isa::kLanes>(part, part.sums, 0, part.tokens);
   }
   tile_release();
 }

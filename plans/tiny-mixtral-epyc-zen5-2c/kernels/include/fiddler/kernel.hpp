@@ -73,7 +73,7 @@ template <class Isa, int kStep, int M, int N, int B>
 // sums in registers. Fetches `kFetch` cache lines a pair and block.
 template <class Isa, int M, int N, int B, int kFetch>
 inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t stride, int64_t pairs, const float* from,
-                  float* to, int64_t to_stride, int64_t to_beside, Fetch fetch) {
+                  float* to, int64_t to_beside, Fetch fetch) {
   using Vector = typename Isa::Vector;
   constexpr int kNear = B > 1 ? 3 : 2;  // two blocks: so short a way ahead that it fits the first-level cache
   Vector acc[M][B * N];
@@ -102,15 +102,15 @@ inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t str
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
     for (int n = 0; n < B * N; ++n)
-      __builtin_memcpy(to + n / N * to_beside + m * to_stride + n % N * Isa::kLanes, &acc[m][n], sizeof(Vector));
+      __builtin_memcpy(to + n / N * to_beside + m * fdl::kLanes + n % N * Isa::kLanes, &acc[m][n], sizeof(Vector));
   }
 }
 
 template <class Isa, class Tile, int B, int M>
 inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, const float* from, float* to,
-                 int64_t to_stride, int64_t to_beside) {
+                 int64_t to_beside) {
   if constexpr (M > 1) {
-    if (tokens < M) return tile<Isa, Tile, B, M - 1>(tokens, x, block, from, to, to_stride, to_beside);
+    if (tokens < M) return tile<Isa, Tile, B, M - 1>(tokens, x, block, from, to, to_beside);
   }
   constexpr int N = B > 1 ? fdl::kLanes / Isa::kLanes : Tile::vectors(M);
   for (int column = 0; column < fdl::kLanes; column += Isa::kLanes * N, ++block.pass) {
@@ -124,14 +124,14 @@ inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, c
       const auto* ahead = reinterpret_cast<const char*>(w) + kAhead * fdl::kRowBytes;
       const Fetch fetch{ahead, most, next ? next : ahead + most * fdl::kRowBytes};
       if (B == 2 || (B == 1 && tokens >= Tile::kFetchTokens))
-        strip<Isa, M, N, B, B < 4 ? 2 : 0>(x, w, block.stride, block.pairs, begin, to + column, to_stride, to_beside, fetch);
+        strip<Isa, M, N, B, B < 4 ? 2 : 0>(x, w, block.stride, block.pairs, begin, to + column, to_beside, fetch);
       else
-        strip<Isa, M, N, B, 0>(x, w, block.stride, block.pairs, begin, to + column, to_stride, to_beside, fetch);
+        strip<Isa, M, N, B, 0>(x, w, block.stride, block.pairs, begin, to + column, to_beside, fetch);
     } else if constexpr (B == 1) {
       if (!next || block.pass > 1)
-        strip<Isa, M, N, 1, 0>(x, w, 0, block.pairs, begin, to + column, to_stride, 0, {});
+        strip<Isa, M, N, 1, 0>(x, w, 0, block.pairs, begin, to + column, 0, {});
       else
-        strip<Isa, M, N, 1, 1>(x, w, 0, block.pairs, begin, to + column, to_stride, 0,
+        strip<Isa, M, N, 1, 1>(x, w, 0, block.pairs, begin, to + column, 0,
                                {next + 64 * block.pairs * block.pass, block.pairs, nullptr});
     }
   }
@@ -142,9 +142,9 @@ inline fdl::Task from_block(fdl::Task task, int64_t block) {
   task.blocks -= block;
   task.weights += block * task.weight_stride;
   if (task.bias) task.bias += block * fdl::kLanes;
-  if (task.results) task.results += block * fdl::kLanes;
+  task.result_column += block * fdl::kLanes;
   task.intermediate_pair += block * fdl::kGateLanes / 2;
-  task.columns -= block * fdl::kGateLanes;
+  task.columns -= block * (task.phase == fdl::Phase::gate_up ? fdl::kGateLanes : fdl::kLanes);
   return task;
 }
 
@@ -166,14 +166,22 @@ inline void activate_tile(const fdl::Task& task, const float* sums, int64_t firs
   }
 }
 
+// The results of one tile's sums.
 template <int L>
-inline void add_bias(const fdl::Task& task, int64_t first, int64_t tokens) {
-  for (int64_t token = first; token < first + tokens; ++token) {
-    float* row = task.results + token * task.result_stride;
+inline void store_tile(const fdl::Task& task, const float* sums, int64_t first, int64_t tokens) {
+  for (int64_t m = 0; m < tokens; ++m, sums += fdl::kLanes) {
+    float row[fdl::kLanes];
     for (int column = 0; column < fdl::kLanes; column += L) {
-      const auto sum = load<L>(row + column) + load<L>(task.bias + column);
-      __builtin_memcpy(row + column, &sum, sizeof sum);
+      auto result = load<L>(sums + column);
+      if constexpr (fdl::kBias) result += load<L>(task.bias + column);
+      result *= task.scales[first + m];
+      __builtin_memcpy(row + column, &result, sizeof result);
     }
+    float* const to = task.results[first + m] + task.result_column;
+    if (task.columns >= fdl::kLanes)
+      __builtin_memcpy(to, row, sizeof row);
+    else
+      for (int64_t column = 0; column < task.columns; ++column) to[column] = row[column];
   }
 }
 
@@ -205,16 +213,15 @@ template <class Isa, class Tile, int B>
       const int64_t token = tiles.first(t), tokens = tiles.tokens(t);
       const Element* x = activations + token * task.activation_stride + 2 * (task.first_pair + first) * tokens;
       float* sums = task.sums + token * fdl::kLanes;
-      const bool result = last && task.phase == fdl::Phase::down;
       tile<Isa, Tile, B, B == 1 ? Tile::kTokens : B == 2 ? Tile::kPairTokens : Tile::kQuadTokens>(
-          tokens, x, block, first ? sums : nullptr, result ? task.results + token * task.result_stride : sums,
-          result ? task.result_stride : fdl::kLanes, result ? fdl::kLanes : tokens * fdl::kLanes);
+          tokens, x, block, first ? sums : nullptr, sums, tokens * fdl::kLanes);
       if (!last) continue;
-      for (int64_t beside = 0; beside < B; ++beside) {
-        if (!result)
-          activate_tile<Isa>(from_block(task, beside), sums + beside * tokens * fdl::kLanes, token, tokens);
-        else if constexpr (fdl::kBias)
-          add_bias<Isa::kLanes>(from_block(task, beside), token, tokens);
+      for (int64_t beside = 0; beside < B; ++beside, sums += tokens * fdl::kLanes) {
+        const fdl::Task part = from_block(task, beside);
+        if (task.phase == fdl::Phase::gate_up)
+          activate_tile<Isa>(part, sums, token, tokens);
+        else
+          store_tile<Isa::kLanes>(part, sums, token, tokens);
       }
     }
   }

@@ -1,5 +1,5 @@
-// One MoE layer's CPU share in one parallel region of four stages: inputs into tiles, sorted by expert; gate and up; down;
-// weighted sum per token.
+// One MoE layer's CPU share in one parallel region of four stages: inputs into tiles, sorted by expert; gate and up; down
+// and weights; sum per token.
 //
 // The result does not depend on the number of threads: every sum is made by one task in a fixed order, and a token's experts
 // are added in the order of its top-k.
@@ -134,6 +134,12 @@ class MoeLayer {
     int64_t first_task;
   };
 
+  // A token's results after the first, kResultStride apart; a count of -1: it has not even a first.
+  struct Further {
+    const float* results;
+    int32_t count;
+  };
+
   static constexpr int64_t kBlocks[2] = {kGateUpBlocks, kDownBlocks};
   // Blocks that one task takes, by phase: an even number, since few tokens take two at a time.
   static constexpr int64_t kGroups[2] = {std::max<int64_t>(kTaskBytes / (kGateUpBlockLanes * 8), 1) * 2,
@@ -156,7 +162,7 @@ class MoeLayer {
            (!call.strategy || call.strategy[id] == FDL_CPU || call.strategy[id] == FDL_SPLIT);
   }
 
-  // Counts the (token, choice) rows of each expert and parts them into units. False if an expert that is needed has no
+  // Counts the (token, choice) rows of each expert and those that are a token's first, and parts them into units. False if an expert that is needed has no
   // weights.
   bool count_rows(const fdl_moe_call& call) {
     const int64_t choices = call.tokens * call.top_k;
@@ -169,8 +175,16 @@ class MoeLayer {
     };
     carve(Carver(small_.reserve(carve(Carver(nullptr)))));
     std::fill(counts_, counts_ + call.num_experts, 0);
-    for (int64_t i = 0; i < choices; ++i)
-      if (wanted(call, call.topk_ids[i])) ++counts_[call.topk_ids[i]];
+    first_rows_ = 0;
+    for (int64_t i = 0; i < choices;) {
+      bool any = false;
+      for (int32_t k = 0; k < call.top_k; ++k, ++i) {
+        if (!wanted(call, call.topk_ids[i])) continue;
+        ++counts_[call.topk_ids[i]];
+        any = true;
+      }
+      first_rows_ += any;
+    }
     rows_ = active_ = count_ = tiles_ = 0;
     for (int32_t id = 0; id < call.num_experts; ++id) {
       const int64_t rows = counts_[id];
@@ -191,26 +205,34 @@ class MoeLayer {
     return true;
   }
 
-  // Places the buffers of this call, and orders its rows by expert, then token.
+  // Places the buffers of this call, and orders its rows by expert, then token. A token's first result goes to `out`, the others
+  // behind each other to where combine() takes them from.
   void sort_rows(const fdl_moe_call& call) {
     auto carve = [&](Carver carver) {
       row_tokens_ = carver.take<int32_t>(rows_);
-      choice_rows_ = carver.take<int32_t>(call.tokens * call.top_k);
+      row_results_ = carver.take<float*>(rows_);
+      row_scales_ = carver.take<float>(rows_);
+      further_ = carver.take<Further>(call.tokens);
       const int64_t rows = rows_ + (variant_.rows_from ? kTileRows : 0);
       inputs_ = carver.take<char>(rows * input_stride_ * variant_.element_bytes);
       middle_ = carver.take<char>(rows * middle_stride_ * variant_.element_bytes);
-      results_ = carver.take<float>(rows_ * kResultStride);
+      results_ = carver.take<float>((rows_ - first_rows_) * kResultStride);
       sums_ = carver.take<float>(pool_.threads() * kSumRows * kLanes);
       return carver.used();
     };
     carve(Carver(large_.reserve(carve(Carver(nullptr)))));
     int64_t choice = 0;
+    float* further = results_;
     for (int64_t token = 0; token < call.tokens; ++token) {
+      further_[token] = {further, -1};
       for (int32_t k = 0; k < call.top_k; ++k, ++choice) {
         const int64_t id = call.topk_ids[choice];
-        const int32_t row = wanted(call, id) ? counts_[id]++ : -1;
-        choice_rows_[choice] = row;
-        if (row >= 0) row_tokens_[row] = static_cast<int32_t>(token);
+        if (!wanted(call, id)) continue;
+        const int32_t row = counts_[id]++;
+        row_tokens_[row] = static_cast<int32_t>(token);
+        row_scales_[row] = call.topk_weights[choice];
+        row_results_[row] = ++further_[token].count ? further : call.out + token * kHidden;
+        if (further_[token].count) further += kResultStride;
       }
     }
   }
@@ -246,7 +268,8 @@ class MoeLayer {
       run_counts_[index] = run - runs_[index];
     }
     combining_.begin(threads);
-    if (call.tokens * kHidden >= kSerialElements) combining_.add_wave(divide_up(call.tokens, kTokenStep));
+    const int64_t left = rows_ - first_rows_ + call.tokens - first_rows_;  // results to add, and tokens without any
+    if (left * kHidden >= kSerialElements) combining_.add_wave(divide_up(call.tokens, kTokenStep));
     combining_.seal();
   }
 
@@ -334,30 +357,22 @@ class MoeLayer {
       task.pairs = kIntermediatePairs - task.first_pair;
       task.activations = middle;
       task.activation_stride = middle_stride_;
-      task.results = results_ + unit.first_row * kResultStride + block * kLanes;
-      task.result_stride = kResultStride;
+      task.results = row_results_ + unit.first_row;
+      task.scales = row_scales_ + unit.first_row;
+      task.result_column = block * kLanes;
+      task.columns = kHidden - block * kLanes;
     }
     variant_.run(task);
   }
 
-  // out[token] = sum over its choices of weight * result, for tokens [first, last).
+  // Adds a token's further results to its first one, for tokens [first, last).
   void combine(const fdl_moe_call& call, int64_t first, int64_t last) const {
     for (int64_t token = first; token < last; ++token) {
       float* out = call.out + token * kHidden;
-      bool any = false;
-      for (int32_t k = 0; k < call.top_k; ++k) {
-        const int64_t choice = token * call.top_k + k;
-        if (choice_rows_[choice] < 0) continue;
-        const float weight = call.topk_weights[choice];
-        const float* result = results_ + choice_rows_[choice] * kResultStride;
-        if (any) {
-          for (int64_t i = 0; i < kHidden; ++i) out[i] += weight * result[i];
-        } else {
-          for (int64_t i = 0; i < kHidden; ++i) out[i] = weight * result[i];
-        }
-        any = true;
-      }
-      if (!any) std::fill(out, out + kHidden, 0.0f);
+      const auto [results, count] = further_[token];
+      for (int32_t i = 0; i < count; ++i)
+        for (int64_t h = 0; h < kHidden; ++h) out[h] += results[i * kResultStride + h];
+      if (count < 0) std::fill(out, out + kHidden, 0.0f);
     }
   }
 
@@ -367,14 +382,16 @@ class MoeLayer {
   Workspace small_, large_;
 
   // Of the call in progress.
-  int64_t rows_ = 0, active_ = 0, count_ = 0, tiles_ = 0;
+  int64_t rows_ = 0, first_rows_ = 0, active_ = 0, count_ = 0, tiles_ = 0;
   int64_t run_counts_[2] = {0, 0};
   bool quads_ = false;  // tasks of the fewest tokens are whole groups of four blocks
   int32_t* counts_ = nullptr;
   Unit* units_ = nullptr;
   Run* runs_[2] = {nullptr, nullptr};
   int32_t* row_tokens_ = nullptr;
-  int32_t* choice_rows_ = nullptr;
+  float** row_results_ = nullptr;
+  float* row_scales_ = nullptr;
+  Further* further_ = nullptr;
   char* inputs_ = nullptr;
   char* middle_ = nullptr;
   float* results_ = nullptr;

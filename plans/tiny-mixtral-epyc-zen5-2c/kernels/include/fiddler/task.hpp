@@ -8,7 +8,7 @@ namespace fdl {
 
 enum class Phase : int32_t {
   gate_up,  // intermediate = bf16(activation(x Wgate + b, x Wup + b)), for one block of 16 intermediate columns
-  down,     // y = intermediate Wdown + b, for one block of 32 output columns
+  down,     // y = scale * (intermediate Wdown + b), for one block of 32 output columns
 };
 
 // A tile of tokens and inputs, for variants that multiply such.
@@ -34,12 +34,13 @@ struct Task {
   const void* activations;
   int64_t activation_stride;  // elements
   float* sums;                // scratch, [tokens][32]
-  float* results;             // down: the first block's columns of the first token; rows result_stride apart
-  int64_t result_stride;
+  float* const* results;      // down: each token's row
+  const float* scales;        // down: what each token's results are multiplied by
+  int64_t result_column;      // where in the rows the first block's begin
   void* intermediate;         // gate_up: the result, in tiles like the activations
   int64_t intermediate_stride;
   int64_t intermediate_pair;  // where in the tiles the first block's 8 pairs begin
-  int64_t columns;            // gate_up: how many columns there are from the first block's on
+  int64_t columns;            // how many there are of outputs from the first block's on
 };
 
 // A kernel variant and what the host has to know to call it.
