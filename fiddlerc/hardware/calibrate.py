@@ -139,18 +139,18 @@ def measure(
                     continue
                 gpu = AcceleratorExpert(
                     device,
-                    library.spec.expert,
+                    library,
                     rotated_copies(packed_bytes(*shape), _rotated_there(device, rotated), machine),
                 )
                 lanes: tuple[ByTokens, ByTokens] = cpu.timed, gpu.timed
-                if device.kind == "simulated":
-                    lanes = _shared(cpu, gpu, memory=rotated > machine.l3_bytes)
+                if device.kind == "simulated" and session.kernels is not None:
+                    lanes = _shared(cpu, gpu)
                 on_cpu, on_gpu = lanes
                 tokens = session.experts("cpu_expert", shape, on_cpu, threads, kernels.isa, where)
                 _contention(session, device, shape, on_cpu, cache, tokens, kernels)
                 if device.kind == "cuda":  # whose own memory has one bandwidth
                     session.kernels = None
-                session.experts("gpu_expert", shape, on_gpu, 1, "torch", where)
+                session.experts("gpu_expert", shape, on_gpu, 1, gpu.isa, where)
                 session.kernels = None
                 if library is first:
                     _launch(session, device)
@@ -304,10 +304,9 @@ def _limits(session: _Session, library: KernelLibrary, threads: int, device: Dev
     if device.kind == "simulated":
         with library.open(None, 1) as kernels:
             gpu_read = max(kernels.read_gbps(session.probed) for _ in range(probes))
-        size = 1024
+            gpu_peak = max(kernels.peak_gflops(4 * PROBE_MS) for _ in range(probes))
     else:
-        gpu_read, size = accelerator_read_gbps(device, 1 << 30), 8192
-    gpu_peak = accelerator_peak_gflops(device, size)
+        gpu_read, gpu_peak = accelerator_read_gbps(device, 1 << 30), accelerator_peak_gflops(device, 8192)
     copies = Copies(device, _COPY_BYTES, cache)
     try:
         to_device, to_host = copies.to_device(_COPY_BYTES), copies.to_host(_COPY_BYTES)
@@ -318,20 +317,17 @@ def _limits(session: _Session, library: KernelLibrary, threads: int, device: Dev
     return Limits(threads, *read, peak, gpu_read, gpu_peak, down, up, 0.0, gpu_entry)
 
 
-def _shared(cpu: CpuExpert, gpu: AcceleratorExpert, *, memory: bool) -> tuple[ByTokens, ByTokens]:
-    """One expert in the CPU lane, and one on an accelerator that has a core of the same CPU.
+def _shared(cpu: CpuExpert, gpu: AcceleratorExpert) -> tuple[ByTokens, ByTokens]:
+    """One expert in the CPU lane, and one on an accelerator that reads the same memory: these slow each other down.
 
-    Each while the other lane has an expert, too, as in a layer that has work for both. Lanes that read the same memory
-    slow each other down: half of the repetitions are alone then, since layers have work for one lane alone.
+    Half of the repetitions while the other lane has an expert, too, half alone: layers have work for both, or for one.
     """
 
     def on_cpu(tokens: int) -> Timed:
-        both = gpu.meanwhile(cpu.timed, tokens)
-        return mean(both, cpu.timed(tokens)) if memory else both
+        return mean(gpu.meanwhile(cpu.timed, tokens), cpu.timed(tokens))
 
     def on_gpu(tokens: int) -> Timed:
-        both = gpu.timed(tokens, cpu.timed)
-        return mean(both, gpu.timed(tokens)) if memory else both
+        return mean(gpu.timed(tokens, cpu.timed), gpu.timed(tokens))
 
     return on_cpu, on_gpu
 

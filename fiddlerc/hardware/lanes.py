@@ -18,9 +18,10 @@ import torch.nn.functional as F
 
 from fiddler_runtime import arena
 from fiddler_runtime.errors import FiddlerWarning
-from fiddler_runtime.kernels import Kernels, make_pointers
+from fiddler_runtime.kernels import KernelLibrary, Kernels, make_pointers
 from fiddler_runtime.lanes.device import Device, UnpackedExpert
-from fiddler_runtime.lanes.kernel_choice import DEFAULT, choose, recorded
+from fiddler_runtime.lanes.generated_kernels import SIMULATED, kernels_on
+from fiddler_runtime.lanes.kernel_choice import DEFAULT, recorded
 from fiddler_runtime.lanes.resident_kernels import ExpertKernels
 from fiddler_runtime.lanes.routing import Share, route
 from fiddler_runtime.machine import Machine
@@ -31,6 +32,7 @@ from .sampling import Timed
 
 _BF16 = torch.bfloat16
 _ATTENTION_S = 3e-4  # about a layer's attention of a small model
+_NARROW = 64  # hidden size of a layer that stands for the Python of a model's
 ATTENTION_BYTES = 8 << 20  # of a large model, as far as it matters
 _TOGETHER = 4  # experts of a layer, where one of so many bytes at most is little work for all threads:
 _SMALL_BYTES = 16 << 20
@@ -118,18 +120,24 @@ class AcceleratorExpert:
     On a GPU each repetition runs `batch` experts and waits once, as a layer does.
     """
 
-    def __init__(self, device: Device, form: ExpertForm, copies: int) -> None:
+    def __init__(self, device: Device, library: KernelLibrary, copies: int) -> None:
+        form = library.spec.expert
         self._device = device
         self._hidden_size = form.hidden_size
         self._batch = 8 if device.kind == "cuda" else 1
         where = device.torch_device
         # Those that will run: on a GPU that has not been seen before they are measured here.
-        self._kernels = ExpertKernels(form, where, choose(form, where))
+        self._kernels = kernels_on(device, library)
         experts = {index: UnpackedExpert.empty(form, where) for index in range(copies)}
         for expert in experts.values():
             for part in (*expert.matrices, *expert.biases):
                 part.view(-1).copy_(random_weights(part.nbytes))
         self._held = self._kernels.hold(experts)
+
+    @property
+    def isa(self) -> str:
+        """Of the kernels; torch on a GPU."""
+        return self._kernels.isa
 
     def timed(self, tokens: int, meanwhile: Callable[[int], Timed] | None = None) -> Timed:
         """One expert with that many tokens; microseconds without the lane's entry.
@@ -209,7 +217,8 @@ class Copies:
         where = self._device.torch_device
         form = ExpertForm(hidden_size, intermediate_size)  # what else there may be to it hardly adds bytes
         elements = form.packed_bytes // 2
-        kernels = ExpertKernels(form, where, recorded(form, where) or DEFAULT)
+        choice = SIMULATED if self._device.kind == "simulated" else recorded(form, where) or DEFAULT
+        kernels = ExpertKernels(form, where, choice)
         slot = kernels.slot()
         landing = kernels.landing(slot)
         places = max(1, self._source.numel() // elements)
@@ -252,11 +261,13 @@ class Copies:
 
         def call(index: int) -> float:
             times: list[float] = []
+            started = time.perf_counter_ns()
             ticket = self._device.on_copy_engine(run, index, times)
-            # A simulated engine has a thread of its own; a GPU's copies were waited for in `run`.
-            if self._device.kind == "simulated":
-                ticket.result()
-            return times[0]
+            if self._device.kind != "simulated":
+                return times[0]
+            # A thread of its own, which has to wake up and then wakes who waits: that is the lane's time, too.
+            ticket.result()
+            return (time.perf_counter_ns() - started) / 1e3
 
         return call
 
@@ -305,16 +316,22 @@ def after_attention(
     """The same, each time after what a layer's attention over so many tokens leaves behind.
 
     `displaced` bytes of the caches are others', a lane's threads are asleep, and where attention runs on the CPU,
-    torch's threads spin: for some milliseconds each keeps a CPU that a lane's thread would like to wake up on.
+    torch's threads spin: for some milliseconds each keeps a CPU that a lane's thread would like to wake up on. The
+    lanes' own instructions have left the caches, too, for those of torch's modules.
     """
     others = np.zeros(displaced // 4, np.float32)
     hidden = torch.randn(tokens, hidden_size).to(where, _BF16)
     projection = torch.randn(hidden_size, hidden_size).to(where, _BF16)
+    layer = torch.nn.TransformerDecoderLayer(_NARROW, 4, 2 * _NARROW, dropout=0.0).to(where, _BF16)
+    router = torch.nn.Linear(_NARROW, 8).to(where, _BF16)
+    narrow = torch.randn(tokens, _NARROW).to(where, _BF16)
 
+    @torch.no_grad()
     def call(index: int) -> float:
         np.add(others, 1.0, out=others)
         until = time.perf_counter() + _ATTENTION_S
         while True:
+            torch.softmax(router(layer(narrow, narrow)).float(), dim=-1).topk(2)
             F.linear(hidden, projection)[0, 0].item()  # on a GPU: until it is done
             if time.perf_counter() >= until:
                 break

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from .errors import FiddlerWarning
 from .machine import AcceleratorKind, cpu_lane_threads
@@ -21,20 +23,11 @@ TOLERANCE = 1.25
 WARM_UP = 20
 """Layers at first that say nothing: caches are cold, buffers grow."""
 WINDOW_S = 5.0
-"""What is judged: so much of the past, or where layers are long the last LEAST_LAYERS of them."""
+"""What is judged: so much of the past, or where layers are long the last LEAST_LAYERS of them. Their median counts, as in
+calibration: a moment in which others had the CPU is no drift."""
 LEAST_LAYERS = 200
 LEAST_US = 50_000.0
-_PARTS = 20  # of the window, forgotten one by one
-LEAST_PARTS = 8
-"""Of the window, with work in each. Their median counts: a moment in which others had the CPU is no drift."""
-
-
-@dataclass
-class _Sums:
-    since_s: float
-    layers: int = 0
-    predicted_us: float = 0.0
-    actual_us: float = 0.0
+_LEAST, _EVERY = 0.4, 0.05  # of the window: what it spans at least, and what lies between two judgements
 
 
 @contextmanager
@@ -46,28 +39,32 @@ def unheeded() -> Iterator[None]:
 
 
 class _Window:
-    """One lane's last seconds, in parts, and their sum."""
+    """One lane's last layers: when, how many times its prediction each took, and microseconds."""
 
     def __init__(self) -> None:
-        self.warm_up = WARM_UP
-        self.parts: deque[_Sums] = deque()
-        self.total = _Sums(0.0)
+        self._warm_up = WARM_UP
+        self._layers: deque[tuple[float, float, float]] = deque()
+        self._sum_us = 0.0
+        self._judged_s = -math.inf
 
     def add(self, now_s: float, predicted_us: float, actual_us: float) -> None:
-        if self.warm_up:
-            self.warm_up -= 1
+        if self._warm_up:
+            self._warm_up -= 1
             return
-        if not self.parts or now_s >= self.parts[-1].since_s + WINDOW_S / _PARTS:
-            self.parts.append(_Sums(now_s))
-        for sums in (self.parts[-1], self.total):
-            sums.layers += 1
-            sums.predicted_us += predicted_us
-            sums.actual_us += actual_us
-        while self.parts[0].since_s < now_s - WINDOW_S and self.total.layers - self.parts[0].layers >= LEAST_LAYERS:
-            old = self.parts.popleft()
-            self.total.layers -= old.layers
-            self.total.predicted_us -= old.predicted_us
-            self.total.actual_us -= old.actual_us
+        self._layers.append((now_s, actual_us / predicted_us, actual_us))
+        self._sum_us += actual_us
+        while self._layers[0][0] < now_s - WINDOW_S and len(self._layers) > LEAST_LAYERS:
+            self._sum_us -= self._layers.popleft()[2]
+
+    def ratio(self) -> float | None:
+        """Their median; None if it is too early to tell, or it was told a moment ago."""
+        if len(self._layers) < LEAST_LAYERS or self._sum_us < LEAST_US:
+            return None
+        first_s, last_s = self._layers[0][0], self._layers[-1][0]
+        if last_s - first_s < _LEAST * WINDOW_S or last_s - self._judged_s < _EVERY * WINDOW_S:
+            return None
+        self._judged_s = last_s
+        return float(np.median([ratio for _, ratio, _ in self._layers]))
 
 
 @dataclass(frozen=True)
@@ -114,13 +111,9 @@ class Drift:
         if self._told:
             return None
         for lane, window in self._windows.items():
-            sums = window.total
-            ratios = [part.actual_us / part.predicted_us for part in window.parts if part.predicted_us > 0]
-            if sums.layers < LEAST_LAYERS or sums.actual_us < LEAST_US or len(ratios) < LEAST_PARTS:
-                continue
             low, high = self._bounds[lane]
-            ratio = statistics.median(ratios)
-            if not low <= ratio <= high:
+            ratio = window.ratio()
+            if ratio is not None and not low <= ratio <= high:
                 self._told = True
                 return self._words(lane, ratio)
         return None

@@ -205,10 +205,18 @@ class Choice:
 class ExpertKernels:
     """The lanes' way to compute experts on one device, in the layout that was chosen for it."""
 
+    isa = "torch"
+
     def __init__(self, form: ExpertForm, device: torch.device, choice: Choice) -> None:
         self.form, self.device, self.choice = form, device, choice
         # What a packed expert is copied to before it is unpacked.
         self._landing: torch.Tensor | None = None
+
+    def __str__(self) -> str:
+        return str(self.choice)
+
+    def close(self) -> None:  # noqa: B027
+        """Ends what was opened for it."""
 
     def hold(self, experts: MutableMapping[int, Any]) -> Held:
         """Takes over a layer's residents, matrices so far, in the chosen layout. What they become replaces them in
