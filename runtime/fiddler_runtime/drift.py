@@ -23,8 +23,8 @@ TOLERANCE = 1.25
 WARM_UP = 20
 """Layers at first that say nothing: caches are cold, buffers grow."""
 WINDOW_S = 5.0
-"""What is judged: so much of the past, or where layers are long the last LEAST_LAYERS of them. Their median counts, as in
-calibration: a moment in which others had the CPU is no drift."""
+"""What is judged: so much of the past, or where layers are long the last LEAST_LAYERS of them. Their median counts, as
+in calibration: a moment in which others had the CPU is no drift."""
 LEAST_LAYERS = 200
 LEAST_US = 50_000.0
 _LEAST, _EVERY = 0.4, 0.05  # of the window: what it spans at least, and what lies between two judgements

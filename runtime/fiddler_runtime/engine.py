@@ -327,7 +327,7 @@ class Engine:
                     self._store,
                     self._kernels,
                     decided,
-                    resident=self._lanes,
+                    self._lanes,
                     done=self._count_captured,
                 )
                 self._description = self._describe()

@@ -49,7 +49,7 @@ _UNLIMITED = 1 << 60
 class Accelerator:
     """The device that runs strategies (a) and (b).
 
-    `simulated` is torch on the CPU in a thread of its own: the same decisions and data movement without a GPU. Its
+    `simulated` is a core of the CPU, in threads of its own: the same decisions and data movement without a GPU. Its
     memory_bytes is a quarter of the machine's, so that a plan made for it leaves most experts to the other strategies.
     """
 
@@ -122,7 +122,7 @@ def find_accelerator(
             expected="an NVIDIA GPU with its driver, and a torch built for CUDA",
             hint="fiddlerc doctor   (or take --device simulated to go on without a GPU)",
         )
-    return Accelerator("simulated", "simulated (torch on one CPU core)", machine_memory_bytes // 4, "")
+    return Accelerator("simulated", "one CPU core", machine_memory_bytes // 4, "")
 
 
 def cpu_lane_threads(cores: int, kind: AcceleratorKind) -> int:

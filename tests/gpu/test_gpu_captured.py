@@ -64,6 +64,7 @@ def enter(engine: Engine, entry: Entry, stall_ms: int = 10_000) -> None:
         engine._store,
         engine._kernels,
         decided,
+        engine._lanes,
         entry=entry,
         stall_ms=stall_ms,
     )

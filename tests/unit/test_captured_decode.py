@@ -106,6 +106,7 @@ def enter_through(engine: Engine, fake: FakeDriver, way: str, stall_ms: int = 30
         engine._store,
         engine._kernels,
         decided,
+        engine._lanes,
         entry=getattr(fake, way)(),
         stall_ms=stall_ms,
     )

@@ -58,6 +58,7 @@ def enter(engine: Engine, entry: Entry, stall_ms: int = 30_000) -> None:
         engine._store,
         engine._kernels,
         decided,
+        engine._lanes,
         done=engine._count_captured,
         entry=entry,
         stall_ms=stall_ms,

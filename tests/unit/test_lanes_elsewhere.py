@@ -47,7 +47,9 @@ def test_lanes_need_nothing_of_the_host(choice: Choice, tmp_path: Path, monkeypa
     plan = write_sample_plan(tmp_path / "plan", spec, features=(Feature("split", True, 0.1, 0.1, 0.1),))
     generator = torch.Generator().manual_seed(0)
     known: dict[str, torch.Tensor] = {}
-    monkeypatch.setattr(engine_module, "choose", lambda form, device: choice)
+    monkeypatch.setattr(
+        engine_module, "kernels_on", lambda _, library, isa: ExpertKernels(library.spec.expert, META, choice)
+    )
     monkeypatch.setattr(engine_module, "open_device", lambda kind: Elsewhere(known))
     with Engine(plan, ExpertWeights.random()) as engine:
         assert engine.device == META

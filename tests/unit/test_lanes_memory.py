@@ -15,6 +15,8 @@ from fake_driver import FakeDriver
 from fiddler_runtime import Engine, ExpertWeights, FiddlerError, FiddlerWarning, residents
 from fiddler_runtime.lanes import accelerator, pinning
 from fiddler_runtime.lanes.device import SimulatedDevice, UnpackedExpert
+from fiddler_runtime.lanes.generated_kernels import GeneratedKernels
+from fiddler_runtime.lanes.resident_kernels import Held
 from fiddler_runtime.lanes.transfers import HostBuffers
 from fiddler_runtime.plan import MemoryItem, Plan
 from fiddler_runtime.preflight import Need, Preflight
@@ -127,10 +129,10 @@ def test_without_another_lane_too_little_memory_is_an_error(plan: Plan, monkeypa
 
 
 def test_staging_that_finds_no_room_is_an_error(plan: Plan, monkeypatch: pytest.MonkeyPatch):
-    def refuse(*_: object) -> UnpackedExpert:
+    def refuse(*_: object) -> Held:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(UnpackedExpert, "empty", refuse)
+    monkeypatch.setattr(GeneratedKernels, "slot", refuse)
     with pytest.raises(FiddlerError, match="not enough accelerator memory to stream experts of small"):
         Engine(plan, ExpertWeights.random())
 

@@ -15,7 +15,6 @@ from ..errors import FiddlerError
 from ..kernels import Kernels
 from ..lanes.accelerator import AcceleratorLanes
 from ..lanes.device import CannotCapture, Device, Graph, Launched
-from ..lanes.resident_masked import run_resident_masked
 from ..store import ExpertStore
 from .entry import Entry, ThreadFlags
 from .native import Mailbox, NativeStep
@@ -33,7 +32,7 @@ class CapturedLayers:
     """Runs captured steps of one engine, one at a time; of those, `moe` is a layer.
 
     dispatcher  one that never streams
-    resident    the engine's lanes, which compute the residents; default torch's linears on the store's
+    resident    the engine's lanes, which compute the residents
     done        called after each step, with what it did
     entry       how the stream enters the CPU lane; default what the device has
     stall_ms    a step without progress for so long is given up, with a FiddlerError
@@ -48,8 +47,8 @@ class CapturedLayers:
         store: ExpertStore,
         kernels: Kernels,
         dispatcher: Dispatcher,
+        resident: AcceleratorLanes,
         *,
-        resident: AcceleratorLanes | None = None,
         done: Callable[[NativeStep], None] = lambda _: None,
         entry: Entry | None = None,
         stall_ms: int = STALL_MS,
@@ -92,10 +91,7 @@ class CapturedLayers:
         box.weights[:tokens].copy_(scale, non_blocking=True)
         self.entry.ask(row)
         out = torch.zeros(there.shape, dtype=torch.float32, device=device)
-        if self._resident is None:
-            run_resident_masked(there, ids.to(device), scale, self._store.resident[row], out)
-        else:
-            self._resident.run_masked(row, there, ids.to(device), scale, out)
+        self._resident.run_masked(row, there, ids.to(device), scale, out)
         self.entry.answer(row)
         return out.add_(box.out[:tokens].to(device, non_blocking=True))
 
@@ -112,7 +108,7 @@ class CapturedLayers:
             finally:
                 self._within = None
 
-        if self._resident is not None and self._device.kind == "cuda":
+        if self._device.kind == "cuda":
             try:
                 self._resident.prepare_masked(tokens, self._top_k)
             except torch.OutOfMemoryError as error:

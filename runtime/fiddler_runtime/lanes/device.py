@@ -1,6 +1,6 @@
 """The accelerator as the lanes see it: a compute queue and a copy engine that run beside the caller.
 
-Three kinds. `cuda` is an NVIDIA GPU: two streams. `simulated` is torch on the CPU, one core, in threads of its own: the
+Three kinds. `cuda` is an NVIDIA GPU: two streams. `simulated` is one core of the CPU, in threads of its own: the
 same decisions, data movement and waiting without a GPU; nothing timed on it is a GPU figure. `none` has no queue.
 """
 
@@ -181,7 +181,7 @@ def open_device(kind: Literal["auto", "cuda", "simulated", "none"] = "auto") -> 
 
 
 class SimulatedDevice(Device):
-    """torch on one CPU core, in one thread for the compute queue and one for the copy engine."""
+    """One CPU core: a thread for the compute queue and one for the copy engine."""
 
     kind: AcceleratorKind = "simulated"
 

@@ -1,7 +1,7 @@
 """Experts on the simulated accelerator: the generated kernels, on one core, from the packed bytes.
 
-A layer's share is one call without Python's lock. torch's operations, one after another, would each wait for that lock in turns
-with the thread of the CPU lane: what no GPU does, and no latency model describes.
+A layer's share is one call without Python's lock. torch's operations, one after another, would each wait for that lock
+in turns with the thread of the CPU lane: what no GPU does, and no latency model describes.
 """
 
 from __future__ import annotations

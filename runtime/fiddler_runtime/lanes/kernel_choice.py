@@ -2,8 +2,8 @@
 
     $FIDDLER_CACHE (or ~/.cache/fiddlerc)/accelerator/<gpu, versions, shape>.json
 
-`fiddlerc calibrate` and the first engine on a GPU measure; after that the record decides. On the CPU, the simulated
-accelerator's, there is nothing to choose: torch's linears.
+`fiddlerc calibrate` and the first engine on a GPU measure; after that the record decides. On the CPU
+there is nothing to choose: the simulated accelerator has the generated kernels.
 """
 
 from __future__ import annotations

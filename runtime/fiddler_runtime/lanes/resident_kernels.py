@@ -215,7 +215,7 @@ class ExpertKernels:
     def __str__(self) -> str:
         return str(self.choice)
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Ends what was opened for it."""
 
     def hold(self, experts: MutableMapping[int, Any]) -> Held:

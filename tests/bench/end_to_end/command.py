@@ -302,7 +302,7 @@ def _about(args: argparse.Namespace, model: Model, plan: Plan, machine: Machine,
     here, spec, hardware = this_machine("none"), model.spec, plan.header.hardware
     where = {
         "cuda": f"cuda: {torch.cuda.get_device_name() if torch.cuda.is_available() else ''}",
-        "simulated": "simulated: torch on one CPU core. No figure here says anything about a GPU",
+        "simulated": "simulated: one CPU core. No figure here says anything about a GPU",
         "none": "none: everything on the CPU. No figure here says anything about a GPU",
     }[machine.kind]
     lines = [
