@@ -120,6 +120,7 @@ def measure(
         where = device.torch_device
         first = next(iter(kernels_by_shape.values()))
         limits = _limits(session, first, threads, device, cache, quick)
+        handed_over_us = limits.gpu_entry_us
         session.step("limits")
         copied: set[int] = set()
         for shape, library in kernels_by_shape.items():
@@ -142,6 +143,10 @@ def measure(
                     library,
                     rotated_copies(packed_bytes(*shape), _rotated_there(device, rotated), machine),
                 )
+                if library is first:
+                    entered = limits.gpu_entry_us + _gpu_entry(session, gpu, shape[0], where)
+                    limits = replace(limits, gpu_entry_us=round(entered, 3))
+                gpu.entry_us = limits.gpu_entry_us - handed_over_us
                 lanes: tuple[ByTokens, ByTokens] = cpu.timed, gpu.timed
                 if device.kind == "simulated" and session.kernels is not None:
                     lanes = _shared(cpu, gpu)
@@ -297,7 +302,7 @@ def _limits(session: _Session, library: KernelLibrary, threads: int, device: Dev
         hidden = library.spec.hidden_size
         lane = CpuExpert(kernels, 1)
         if device.kind != "none":
-            entry = queue_entry(device, hidden, lane.timed(1))
+            entry = queue_entry(device, library, lane.timed(1))
             gpu_entry = _median(after_attention(entry, 1, hidden, device.torch_device))
     if device.kind == "none":
         return Limits(threads, *read, peak, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -337,8 +342,29 @@ def _cpu_entry(session: _Session, cpu: CpuExpert, hidden_size: int, where: torch
 
     At least a call without any, in which no thread has to wake up; that alone for experts beside which it is nothing.
     """
-    counts = range(cpu.together + 1 if cpu.together > 1 else 1)
-    calls = [after_attention(cpu.layer(1, count), 1, hidden_size, where, session.displaced) for count in counts]
+    none, *some = _by_experts(
+        session, cpu.layer, range(cpu.together + 1 if cpu.together > 1 else 1), hidden_size, where
+    )
+    return round(max(none, _begin(some) if some else none), 3)
+
+
+def _gpu_entry(session: _Session, gpu: AcceleratorExpert, hidden_size: int, where: torch.device) -> float:
+    """The same of the accelerator's own call, where several experts are one."""
+    if gpu.together == 1:
+        return 0.0
+    return max(0.0, _begin(_by_experts(session, gpu.layer, range(1, gpu.together + 1), hidden_size, where)))
+
+
+def _begin(layers_us: list[float]) -> float:
+    """Where a line through layers with one, two, ... experts begins."""
+    return float(np.polyfit(range(1, len(layers_us) + 1), layers_us, 1)[1])
+
+
+def _by_experts(
+    session: _Session, layer: Callable[[int, int], Timed], counts: range, hidden_size: int, where: torch.device
+) -> list[float]:
+    """Microseconds of a layer of one token with so many experts, which take turns."""
+    calls = [after_attention(layer(1, count), 1, hidden_size, where, session.displaced) for count in counts]
     times: list[list[float]] = [[] for _ in counts]
 
     def turn(index: int) -> float:
@@ -347,9 +373,7 @@ def _cpu_entry(session: _Session, cpu: CpuExpert, hidden_size: int, where: torch
         return 0.0
 
     repeat(turn, seconds=0.2 * len(calls), least=20, most=500, warm_up=5)
-    none, *some = map(statistics.median, times)
-    begin = float(np.polyfit(counts[1:], some, 1)[1]) if some else none
-    return round(max(none, begin), 3)
+    return [statistics.median(found) for found in times]
 
 
 def _contention(

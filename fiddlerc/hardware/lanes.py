@@ -19,14 +19,17 @@ import torch.nn.functional as F
 from fiddler_runtime import arena
 from fiddler_runtime.errors import FiddlerWarning
 from fiddler_runtime.kernels import KernelLibrary, Kernels, make_pointers
+from fiddler_runtime.lanes.accelerator import AcceleratorLanes
 from fiddler_runtime.lanes.device import Device, UnpackedExpert
 from fiddler_runtime.lanes.generated_kernels import SIMULATED, kernels_on
 from fiddler_runtime.lanes.kernel_choice import DEFAULT, recorded
 from fiddler_runtime.lanes.resident_kernels import ExpertKernels
 from fiddler_runtime.lanes.routing import Share, route
+from fiddler_runtime.lanes.streamed import StreamedLane
 from fiddler_runtime.machine import Machine
-from fiddler_runtime.makespan import CPU, RESIDENT
+from fiddler_runtime.makespan import CPU
 from fiddler_runtime.plan import ExpertForm
+from fiddler_runtime.store import ExpertStore
 
 from .sampling import Timed
 
@@ -117,7 +120,9 @@ class CpuExpert:
 class AcceleratorExpert:
     """One expert in the accelerator's compute queue: gather, expert, weighting and scatter, as the lanes do it.
 
-    On a GPU each repetition runs `batch` experts and waits once, as a layer does.
+    On a GPU each repetition runs `batch` experts and waits once, as a layer does. On a simulated one small experts of a
+    layer are one call.
+    entry_us  of that call, which a layer pays once
     """
 
     def __init__(self, device: Device, library: KernelLibrary, copies: int) -> None:
@@ -125,6 +130,8 @@ class AcceleratorExpert:
         self._device = device
         self._hidden_size = form.hidden_size
         self._batch = 8 if device.kind == "cuda" else 1
+        self._experts = _TOGETHER if device.kind == "simulated" and form.packed_bytes <= _SMALL_BYTES else 1
+        self.entry_us = 0.0
         where = device.torch_device
         # Those that will run: on a GPU that has not been seen before they are measured here.
         self._kernels = kernels_on(device, library)
@@ -139,12 +146,22 @@ class AcceleratorExpert:
         """Of the kernels; torch on a GPU."""
         return self._kernels.isa
 
+    @property
+    def together(self) -> int:
+        """Experts that a call has at most."""
+        return self._experts
+
     def timed(self, tokens: int, meanwhile: Callable[[int], Timed] | None = None) -> Timed:
         """One expert with that many tokens; microseconds without the lane's entry.
 
         Meanwhile the calling thread does something else with as many, as it has the CPU lane's work in a layer.
         """
-        run, other = self._repetition(tokens), None if meanwhile is None else meanwhile(tokens)
+        layer, count, entry_us = self.layer(tokens, self._experts, meanwhile), self._experts, self.entry_us
+        return lambda index: max(0.0, layer(index) - entry_us) / count
+
+    def layer(self, tokens: int, experts: int, meanwhile: Callable[[int], Timed] | None = None) -> Timed:
+        """A call whose tokens all chose so many experts, `together` at most."""
+        run, other = self._repetition(tokens, experts), None if meanwhile is None else meanwhile(tokens)
 
         def call(index: int) -> float:
             future = self._device.submit(run, index)
@@ -156,7 +173,7 @@ class AcceleratorExpert:
 
     def meanwhile(self, timed: Callable[[int], Timed], tokens: int) -> Timed:
         """What the calling thread does with so many tokens while this expert works on as many."""
-        run, other = self._repetition(tokens), timed(tokens)
+        run, other = self._repetition(tokens, self._experts), timed(tokens)
 
         def call(index: int) -> float:
             future = self._device.submit(run, index)
@@ -166,7 +183,7 @@ class AcceleratorExpert:
 
         return call
 
-    def _repetition(self, tokens: int) -> Timed:
+    def _repetition(self, tokens: int, experts: int) -> Timed:
         """On the compute queue."""
         where = self._device.torch_device
         hidden = torch.randn(tokens, self._hidden_size).to(_BF16).to(where)
@@ -178,8 +195,9 @@ class AcceleratorExpert:
             settle(self._device)
             started = time.perf_counter_ns()
             for step in range(self._batch):
-                expert = (index * self._batch + step) % len(self._held.experts)
-                self._kernels.run(hidden, rows, scale, self._held, [Share(expert, 0, tokens)], out)
+                first = (index * self._batch + step) * experts
+                shares = [Share((first + i) % len(self._held.experts), 0, tokens) for i in range(experts)]
+                self._kernels.run(hidden, rows, scale, self._held, shares, out)
             settle(self._device)
             return (time.perf_counter_ns() - started) / 1e3 / self._batch
 
@@ -272,26 +290,27 @@ class Copies:
         return call
 
 
-def queue_entry(device: Device, hidden_size: int, meanwhile: Timed) -> Timed:
-    """What a layer pays once for the accelerator: sorting a token's choices, the hand-off, an empty result.
+def queue_entry(device: Device, library: KernelLibrary, meanwhile: Timed) -> Timed:
+    """What a layer pays once for the accelerator: sorting a token's choices, the hand-off, the lanes without an expert.
 
     The calling thread goes on to the CPU lane's work meanwhile.
     """
     ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
-    counts, strategy = np.ones(2, np.int32), np.full(2, RESIDENT, np.uint8)
-    hidden = torch.zeros(1, hidden_size, dtype=_BF16)
-
-    def empty_layer(there: torch.Tensor) -> int:
-        torch.zeros(there.shape, dtype=torch.float32, device=there.device)
-        settle(device)
-        return time.perf_counter_ns()
+    counts, strategy = np.ones(2, np.int32), np.full(2, CPU, np.uint8)
+    hidden = torch.zeros(1, library.spec.hidden_size, dtype=_BF16)
+    kernels = kernels_on(device, library)
+    nothing = ExpertStore(({},), ({},), (), [])
+    lanes = AcceleratorLanes(device, nothing, kernels, StreamedLane(device, kernels, prefetch=False))
 
     def call(index: int) -> float:
         started = time.perf_counter_ns()
-        route(ids, weights, counts, strategy, device.send)
-        future = device.submit(empty_layer, hidden.to(device.torch_device))
+        routing = route(ids, weights, counts, strategy, device.send)
+        future = lanes.submit(0, hidden.to(device.torch_device).contiguous(), routing)
         meanwhile(index)
-        return (device.join(future) - started) / 1e3
+        came = time.perf_counter_ns()
+        _, done = lanes.join(future)
+        settle(device)
+        return ((time.perf_counter_ns() if done > came else done) - started) / 1e3
 
     return call
 

@@ -20,6 +20,8 @@ Lane = Literal["cpu", "accelerator"]
 LANES: tuple[Lane, ...] = ("cpu", "accelerator")
 
 TOLERANCE = 1.25
+SLACK_US = 100.0
+"""What a layer must differ by, too: less is what waking a thread costs on a shared machine, by the minute."""
 WARM_UP = 20
 """Layers at first that say nothing: caches are cold, buffers grow."""
 WINDOW_S = 5.0
@@ -39,7 +41,7 @@ def unheeded() -> Iterator[None]:
 
 
 class _Window:
-    """One lane's last layers: when, how many times its prediction each took, and microseconds."""
+    """One lane's last layers: when, predicted and actual microseconds."""
 
     def __init__(self) -> None:
         self._warm_up = WARM_UP
@@ -51,20 +53,23 @@ class _Window:
         if self._warm_up:
             self._warm_up -= 1
             return
-        self._layers.append((now_s, actual_us / predicted_us, actual_us))
+        self._layers.append((now_s, predicted_us, actual_us))
         self._sum_us += actual_us
         while self._layers[0][0] < now_s - WINDOW_S and len(self._layers) > LEAST_LAYERS:
             self._sum_us -= self._layers.popleft()[2]
 
     def ratio(self) -> float | None:
-        """Their median; None if it is too early to tell, or it was told a moment ago."""
+        """How many times its prediction a layer takes, 1 within the slack; None if it is too early to tell, or it was
+        told a moment ago."""
         if len(self._layers) < LEAST_LAYERS or self._sum_us < LEAST_US:
             return None
         first_s, last_s = self._layers[0][0], self._layers[-1][0]
         if last_s - first_s < _LEAST * WINDOW_S or last_s - self._judged_s < _EVERY * WINDOW_S:
             return None
         self._judged_s = last_s
-        return float(np.median([ratio for _, ratio, _ in self._layers]))
+        _, predicted, actual = np.array(self._layers).T
+        slack = abs(float(np.median(actual - predicted))) < SLACK_US
+        return 1.0 if slack else float(np.median(actual / predicted))
 
 
 @dataclass(frozen=True)

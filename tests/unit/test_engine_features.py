@@ -224,6 +224,15 @@ def test_a_slow_regime_is_as_planned() -> None:
     assert drifting(2.0, slow=1.5) is not None
 
 
+def test_what_waking_a_thread_costs_is_no_drift() -> None:
+    drift, said = drift_of(), []
+    for us in (60.0, 140.0):  # 1.6 and 2.4 times the prediction
+        for layer in range(WARM_UP + 20 * LEAST_LAYERS):
+            drift.note("cpu", us + layer / 1000, 100.0, 100.0 + us)
+            said.append(drift.message())
+    assert not any(said[: len(said) // 2]) and any(said)
+
+
 def test_the_last_seconds_count_and_not_the_past() -> None:
     """An hour as planned does not hide a drift, and what is over is not held against the plan."""
     drift = drift_of()
