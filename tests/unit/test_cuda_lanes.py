@@ -14,9 +14,12 @@ from fake_cuda import FakeCuda
 from fake_driver import CALLS, WAITS, WRITES, FakeDriver
 
 from fiddler_runtime import Engine, ExpertWeights, FiddlerWarning
+from fiddler_runtime import engine as engine_module
 from fiddler_runtime.captured.entry import StreamFlags
 from fiddler_runtime.lanes.device import CannotCapture, Device, open_device
 from fiddler_runtime.lanes.driver import Driver
+from fiddler_runtime.lanes.kernel_choice import DEFAULT
+from fiddler_runtime.lanes.resident_kernels import ExpertKernels
 
 SPEC = runtime_samples.small_spec()
 LAYER = SPEC.moe_layers[0]
@@ -59,9 +62,17 @@ def test_opening_it_warns_that_no_gpu_has_run_it(cuda: FakeCuda):
 
 @pytest.mark.parametrize("strategies", [None, ("resident",), ("streamed",), ("cpu", "streamed")])
 @pytest.mark.parametrize("tokens", [1, 130])
-def test_the_layers_are_what_the_simulated_device_computes(plan, cuda: FakeCuda, strategies, tokens: int):
-    with Engine(plan, ExpertWeights.random(), device="simulated", strategies=strategies) as engine:
-        expected = [engine.moe(layer, *routing(tokens)) for layer in SPEC.moe_layers]
+def test_the_layers_are_what_the_simulated_device_computes(
+    plan, cuda: FakeCuda, strategies, tokens: int, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as with_linears:
+        with_linears.setattr(
+            engine_module,
+            "kernels_on",
+            lambda device, library, isa: ExpertKernels(library.spec.expert, device.torch_device, DEFAULT),
+        )
+        with Engine(plan, ExpertWeights.random(), device="simulated", strategies=strategies) as engine:
+            expected = [engine.moe(layer, *routing(tokens)) for layer in SPEC.moe_layers]
     with open_engine(plan, strategies=strategies) as engine:
         assert engine.describe()["device"] == "cuda"
         for _ in range(2):  # buffers are used again

@@ -40,7 +40,7 @@ def test_every_expert_arrives_where_the_plan_wants_it(plan: Plan, tmp_path: Path
             for expert in range(SPEC.num_experts):
                 expected = [m.bfloat16() for m in matrices(tensors, SPEC, layer, expert)]
                 if resident[row, expert]:
-                    gate, up, down = engine._store.resident[row][expert].matrices
+                    gate, up, down = engine._store.resident[row][expert].to(torch.device("cpu")).matrices
                     assert expert not in engine._store.packed[row]
                 else:
                     gate, up, down = (torch.empty_like(m) for m in expected)
@@ -57,7 +57,7 @@ def test_random_weights_do_not_depend_on_placement(plan: Plan):
         Engine(plan, ExpertWeights.random(7), strategies=("cpu",)) as packed,
         Engine(plan, ExpertWeights.random(7), strategies=("resident",)) as resident,
     ):
-        there = resident._store.resident[1][4]
+        there = resident._store.resident[1][4].to(torch.device("cpu"))
         gate, up = (torch.empty(SPEC.intermediate_size, SPEC.hidden_size, dtype=torch.bfloat16) for _ in range(2))
         found_down = torch.empty_like(there.down)
         packed._kernels.unpack(packed._store.packed[1][4], gate, up, found_down)

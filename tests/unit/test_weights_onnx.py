@@ -211,6 +211,6 @@ def test_a_plan_remembers_where_the_experts_are(tmp_path: Path) -> None:
         for row, layer in enumerate(spec.moe_layers):
             gate_up, down = experts[layer]
             for expert, resident in engine._store.resident[row].items():
-                gate, up, found = resident.matrices
+                gate, up, found = resident.to(torch.device("cpu")).matrices
                 assert torch.equal(torch.cat([gate, up]), torch.from_numpy(gate_up[expert]).bfloat16())
                 assert torch.equal(found, torch.from_numpy(down[expert]).bfloat16())
