@@ -127,6 +127,7 @@ class Engine:
                     cache=packed_cache,
                     progress=progress,
                 )
+                del rooms  # the kernels repack what is in them, one after another
             except BaseException:
                 self._kernels.close()
                 raise
