@@ -51,17 +51,20 @@ class GeneratedKernels(ExpertKernels):
         self._kernels.close()
 
     def hold(self, experts: MutableMapping[int, Any]) -> Held:
-        for expert, matrices in experts.items():
-            experts[expert] = self._room()
-            pack_expert_into(matrices, experts[expert].numbers)
+        for expert, room in zip(list(experts), self._rooms(len(experts)), strict=True):
+            pack_expert_into(experts[expert], room.numbers)
+            experts[expert] = room
         return Held(self.form, experts)
 
     def slot(self) -> Held:
-        return Held(self.form, {0: self._room()})
+        return Held(self.form, dict(enumerate(self._rooms(1))))
 
-    def _room(self) -> PackedExpert:
-        # Off huge pages weights are read more slowly than in the CPU lane.
-        return PackedExpert(self.form, arena.allocate(self.form.packed_bytes).view(torch.int32))
+    def _rooms(self, count: int) -> list[PackedExpert]:
+        if not count:
+            return []
+        # On huge pages, as in the CPU lane: off them weights are read more slowly.
+        words = arena.allocate(count * self.form.packed_bytes).view(torch.int32)
+        return [PackedExpert(self.form, room) for room in words.view(count, -1)]
 
     def run(
         self,
