@@ -180,7 +180,8 @@ def test_tables_have_measured_predicted_and_ratios(tmp_path: Path):
 # Strategies
 
 
-@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-oss", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "tiny-oss"])
 def test_every_strategy_computes_the_same_model(tiny: Path, name: str):
     model = open_model(name, tiny, random=True, layers=2)
     plan = open_all(model, tiny)

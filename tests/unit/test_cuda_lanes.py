@@ -193,6 +193,7 @@ def test_captured_steps_on_cuda(plan, cuda: FakeCuda, way: str):
     gc.collect()
 
 
+@pytest.mark.slow
 def test_a_gpu_that_does_not_see_flags_gets_host_functions(plan, cuda: FakeCuda):
     from fiddler_runtime.captured import cuda as module
 

@@ -57,6 +57,7 @@ def steps(
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [64, 128, 192])
 @pytest.mark.parametrize(
     ("shape", "bias"), [((71, 200), False), ((64, 256), False), ((130, 300), False), ((129, 200), True)]
@@ -89,6 +90,7 @@ def test_a_split_expert_gives_what_a_whole_one_gives(tmp_path: Path, experts) ->
         assert torch.allclose(a.float(), b.float(), rtol=2.0**-5, atol=2.0**-5)
 
 
+@pytest.mark.slow
 def test_a_split_expert_with_biases_adds_each_once(tmp_path: Path) -> None:
     """gpt-oss's form of experts on every lane and in two halves, against float64."""
     names = replace(SPEC.expert_tensors, gate_bias="{layer}.g", up_bias="{layer}.u", down_bias="{layer}.d")

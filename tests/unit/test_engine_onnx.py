@@ -21,7 +21,10 @@ from fiddlerc import frontend
 
 ort = pytest.importorskip("onnxruntime")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*rounded to bf16 while they are read:fiddler_runtime.FiddlerWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*rounded to bf16 while they are read:fiddler_runtime.FiddlerWarning"),
+]
 EVERY_WAY = {"cpu": ("cpu",), "resident": ("resident",), "streamed": ("streamed",), "mixed": None}
 TOKENS = 70
 # Roundings to bf16, 2^-9 relative each: gate, up, silu, product, an expert's result, the sum's result.

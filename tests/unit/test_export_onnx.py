@@ -22,6 +22,7 @@ from fiddler_runtime.weights import ExpertWeights
 from fiddlerc import frontend, pipeline
 from fiddlerc.cli import run_command_line
 
+pytestmark = pytest.mark.slow
 EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_engine.py"
 
 

@@ -185,6 +185,7 @@ with Engine(sys.argv[1], ExpertWeights.load(sys.argv[2]), strategies=("cpu",), p
 """
 
 
+@pytest.mark.slow
 def test_processes_that_pack_at_the_same_time(plan: Plan, model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", RUN, str(plan.path), str(model), str(tmp_path / "c")]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]

@@ -24,7 +24,10 @@ from fiddler_runtime.plan import ModelSpec, Plan
 from fiddler_runtime.weights import ExpertWeights, OnnxWeights
 from fiddlerc import frontend
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*rounded to bf16 while they are read:fiddler_runtime.FiddlerWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*rounded to bf16 while they are read:fiddler_runtime.FiddlerWarning"),
+]
 OUTSIDE = {"save_as_external_data": True, "location": "m.data", "size_threshold": 0}
 FORMS: dict[str, Callable[[], Any]] = {
     "Experts": lambda: onnx_samples.experts_node({layer: onnx_samples.random_experts(layer) for layer in (0, 1)}),

@@ -27,7 +27,10 @@ from fiddler_runtime.plan import ExpertForm, Feature
 from fiddler_runtime.weights import ExpertWeights
 
 # numpy's, of Triton's interpreter; on a GPU numbers overflow to infinity without a word, as is meant.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
 TRITON = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 WITHOUT_TRITON = "needs Triton (pip install 'fiddlerc[triton]', 0.7 GB) and its interpreter (tests/conftest.py)"
 

@@ -180,6 +180,7 @@ def test_another_file_or_a_directory_is_refused(tmp_path: Path) -> None:
         ExpertWeights.load(tmp_path / "none.onnx")
 
 
+@pytest.mark.slow
 def test_the_runtime_does_without_the_onnx_package(tmp_path: Path) -> None:
     import subprocess
     import sys
