@@ -110,6 +110,8 @@ def measure(
     """
     if not kernels_by_shape:
         raise FiddlerError("no expert shape to measure", expected="one or more", hint="fiddlerc calibrate -o hw.json")
+    # The smallest experts first: the lanes' entries, which are measured with them, matter there.
+    kernels_by_shape = dict(sorted(kernels_by_shape.items(), key=lambda item: packed_bytes(*item[0])))
     machine = this_machine(accelerator)
     effort = QUICK if quick else FULL
     session = _Session(effort, machine, len(kernels_by_shape), progress)

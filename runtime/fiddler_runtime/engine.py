@@ -102,14 +102,16 @@ class Engine:
         self._device = open_device(setup.kind)
         try:
             # Before the weights take the memory: on a GPU that has not been seen before this measures.
-            self._there = kernels_on(self._device, self._library, isa)
+            self._expert_kernels = kernels_on(self._device, self._library, isa)
             count = _cpu_threads(threads, self._device)
             beside_torch = self._device.kind == "none"
             self._kernels = self._library.open(isa, count, cpus=lane_cpus(count), beside_torch=beside_torch)
             try:
                 lane = None
                 if setup.streaming:
-                    lane = _streamed_lane(self._device, self.spec, self._there, prefetch="prefetch" in setup.features)
+                    lane = _streamed_lane(
+                        self._device, self.spec, self._expert_kernels, prefetch="prefetch" in setup.features
+                    )
                 rooms = reserve(
                     self.spec,
                     setup.resident,
@@ -143,7 +145,7 @@ class Engine:
         self._dispatcher = dispatcher(self._library, tables, self.spec.num_experts, allow=self._allowed, rows=rows)
         # What is worth fetching ahead was decided for the plan's own residents.
         self._ahead = Ahead(self.plan.tables.prefetch, self._store) if "prefetch" in setup.features else None
-        self._lanes = AcceleratorLanes(self._device, self._store, self._there, lane)
+        self._lanes = AcceleratorLanes(self._device, self._store, self._expert_kernels, lane)
         self._tables = tables
         self._captured: CapturedLayers | None = None
         self._drift = Drift(self.plan, Setup(self._device.kind, self._kernels.threads, self._kernels.isa))
@@ -401,7 +403,7 @@ class Engine:
             "threads": self._kernels.threads,
             "whose_threads": self._kernels.whose_threads,
             "library": str(self._library.path),
-            "accelerator_kernels": str(self._there),
+            "accelerator_kernels": str(self._expert_kernels),
             "resident_experts": resident,
             "total_experts": self._store.places.size,
             "resident_bytes": resident * self.spec.expert_bytes,
@@ -418,7 +420,7 @@ class Engine:
             if self._captured is not None:
                 self._captured.close()
             self._store.close()
-            self._there.close()
+            self._expert_kernels.close()
             self._kernels.close()
             del self._lanes, self._dispatcher, self._store
 
