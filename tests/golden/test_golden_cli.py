@@ -7,7 +7,10 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -292,3 +295,21 @@ def test_interrupt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert run_command_line(["compile", str(DEMO), "--hw", "a100", "-o", str(tmp_path / "plan")]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_request_to_stop_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM, while a trace has files in a temporary folder."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "fiddlerc", "trace", str(DEMO), "--text", str(DEMO / "heldout-docs.txt")]
+    running = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "trace.safetensors")], env={**os.environ, "TMPDIR": str(scratch)}
+    )
+    until = time.monotonic() + 60
+    while not list(scratch.glob("fiddlerc-*")):
+        assert running.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    running.terminate()
+    assert running.wait(60) == 143
+    assert not list(scratch.glob("fiddlerc-*")) and list(tmp_path.iterdir()) == [scratch]
