@@ -314,7 +314,7 @@ def test_too_few_samples_are_refused(quantity: str) -> None:
 
 @pytest.mark.parametrize("name", catalog_names())
 def test_a_data_sheet_gives_the_roofline_of_its_limits(name: str) -> None:
-    sheet = replace(load_hardware(name), samples=())
+    sheet = replace(load_hardware(name), samples=(), steps=())
     model = latency.fit(sheet, spec(4096, 14336))
     for curve in model.curves:
         assert curve.model == "roofline of the limits"
