@@ -122,7 +122,7 @@ def measure(
         where = device.torch_device
         first = next(iter(kernels_by_shape.values()))
         limits = _limits(session, first, threads, device, cache, quick)
-        handed_over_us = limits.gpu_entry_us
+        call_us = 0.0  # of the accelerator's entry: that of its call
         session.step("limits")
         copied: set[int] = set()
         for shape, library in kernels_by_shape.items():
@@ -146,9 +146,9 @@ def measure(
                     rotated_copies(packed_bytes(*shape), _rotated_there(device, rotated), machine),
                 )
                 if library is first:
-                    entered = limits.gpu_entry_us + _gpu_entry(session, gpu, shape[0], where)
-                    limits = replace(limits, gpu_entry_us=round(entered, 3))
-                gpu.entry_us = limits.gpu_entry_us - handed_over_us
+                    call_us = _gpu_entry(session, gpu, shape[0], where)
+                    limits = replace(limits, gpu_entry_us=round(limits.gpu_entry_us + call_us, 3))
+                gpu.entry_us = call_us
                 lanes: tuple[ByTokens, ByTokens] = cpu.timed, gpu.timed
                 if device.kind == "simulated" and session.kernels is not None:
                     lanes = _shared(cpu, gpu)

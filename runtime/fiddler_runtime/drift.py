@@ -21,7 +21,7 @@ LANES: tuple[Lane, ...] = ("cpu", "accelerator")
 
 TOLERANCE = 1.25
 SLACK_US = 100.0
-"""What a layer must differ by, too: less is what waking a thread costs on a shared machine, by the minute."""
+"""What a layer must differ by, too: less is what waking a thread costs at one time and not at another."""
 WARM_UP = 20
 """Layers at first that say nothing: caches are cold, buffers grow."""
 WINDOW_S = 5.0

@@ -17,7 +17,6 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
-from .. import arena
 from ..errors import FiddlerError, FiddlerWarning
 from ..machine import AcceleratorKind
 from ..plan import ExpertForm
@@ -215,13 +214,6 @@ class SimulatedDevice(Device):
 
     def mark(self) -> Ticket:
         return None
-
-    def room(self, form: ExpertForm) -> UnpackedExpert:
-        # Of the system's own, to which it goes back when the lanes have packed the expert.
-        shapes = UnpackedExpert.empty(form, "meta")
-        parts = (shapes.gate_up, shapes.down, shapes.gate_up_bias, shapes.down_bias)
-        rooms = (None if part is None else arena.allocate(part.nbytes).view(part.shape) for part in parts)
-        return UnpackedExpert(form.activation, *rooms)  # type: ignore[arg-type]
 
     def capture(self, fn: Callable[[], R]) -> tuple[Graph[R], Launched]:
         recording = self._compute.submit(_without_grad, Recording, (fn,)).result()
