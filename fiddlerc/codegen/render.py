@@ -66,9 +66,7 @@ def generate(
             "symbol": variant.symbol,
             "check": target.check,
             "permit": target.permit,
-            "rows_from": target.rows_from,
             "element_bytes": target.element_bytes,
-            "tile_tokens": variant.blocking.tile_tokens,
             "quad_tokens": quad_tokens(target),
             "flags": target.flags,
         }
