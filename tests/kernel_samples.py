@@ -181,4 +181,4 @@ ISAS = KNOWN_ISAS
 
 def alike(kernels: Kernels) -> int:
     """So many rows of an expert, and more, are computed in one order of sums: amx_bf16 has another for few."""
-    return TARGETS[kernels.isa].rows_from or 1
+    return TARGETS[kernels.isa].tiles_from or 1

@@ -13,7 +13,7 @@ from fiddler_runtime.machine import KNOWN_ISAS
 
 from ..ir import Activation, Blocking, ExpertForm, KernelSources, KernelSpec, KernelVariant, Machine
 from .names import format_name, format_symbol
-from .selection import UNIT_TOKENS, pair_tokens, quad_tokens, select
+from .selection import UNIT_TOKENS, select
 from .targets import TARGETS, Target
 
 _LARGEST = 1 << 20
@@ -67,7 +67,6 @@ def generate(
             "check": target.check,
             "permit": target.permit,
             "element_bytes": target.element_bytes,
-            "quad_tokens": quad_tokens(target),
             "flags": target.flags,
         }
         for target, variant in zip(targets, spec.variants, strict=True)
@@ -93,10 +92,8 @@ def generate(
             header=target.header,
             policy=target.policy,
             functions=target.functions,
-            rows_from=target.rows_from,
+            tiles_from=target.tiles_from,
             blocking=variant.blocking,
-            pair_tokens=pair_tokens(target),
-            quad_tokens=quad_tokens(target),
         )
     files.update(_headers(targets))
     return KernelSources(spec=spec, files=dict(sorted(files.items())))

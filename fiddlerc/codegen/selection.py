@@ -30,13 +30,13 @@ LARGE_TOKENS = (24, 32, 48, 64, 128, UNIT_TOKENS)
 
 # What a core takes for a row from memory: 128 bytes at 22 GB/s and 3.7 GHz (AMD Zen 4, both of two cores reading).
 _MEMORY_SLOTS = 21.0
-# Plain loads keep memory busy while this many rows are in the out-of-order window of this many instructions (Zen 4:
-# 320; 13 rows at 22 GB/s are 75 ns of latency). The hardware prefetchers follow what is in the window.
-_WINDOW, _ROWS_IN_FLIGHT = 320, 13
+# Plain loads keep memory busy while this many rows are in an out-of-order window of this many instructions: 24 rows at 40
+# GB/s, one core reading, are 77 ns of latency (Zen 5, whose window is of 448; Zen 4's of 320).
+_WINDOW, _ROWS_IN_FLIGHT = 320, 24
 # Prefetch instructions reach a little less than the hardware's own prefetching.
 _FETCH_COST = 1.03
-# Fetched ahead: so many times what is in flight, which hides four times the usual latency.
-_FETCH_AHEAD = 4
+# Fetched ahead: so many times what is in flight.
+_FETCH_AHEAD = 2
 # Independent sums that hide a multiply's latency: 4 cycles, 2 a cycle.
 _LATENCY_SUMS = 8
 _LOOP_INSTRUCTIONS = 3
@@ -95,7 +95,7 @@ def select(target: Target, expert: ExpertForm, machine: Machine | None) -> Selec
         narrow = _narrow_tiles(target, tokens, vectors)
         for k_block in _k_blocks(target, tokens, vectors, depth, l1, l2, rejected):
             for fetch_bytes in _fetch_bytes(l2):
-                for fetch_tokens in (target.rows_from,) if target.rows_from else range(1, tokens + 2):
+                for fetch_tokens in range(1, (target.tiles_from or tokens + 1) + 1):
                     blocking = Blocking(tokens, vectors, narrow, k_block, fetch_tokens, fetch_bytes)
                     candidates.append(
                         Candidate(
@@ -149,21 +149,6 @@ def registers(target: Target, tokens: int, vectors: int) -> int:
     return tokens * vectors + operands + target.constants
 
 
-def pair_tokens(target: Target) -> int:
-    """Most tokens whose tile holds two packed rows, of two blocks beside each other; or 0."""
-    return _beside_tokens(target, 2)
-
-
-def quad_tokens(target: Target) -> int:
-    """Most tokens that take four blocks at once; or 0. More than one gained nothing where registers hold them."""
-    return min(1, _beside_tokens(target, 4))
-
-
-def _beside_tokens(target: Target, blocks: int) -> int:
-    vectors = blocks * ROW_LANES // target.lanes
-    return max((m for m in range(1, 64) if registers(target, m, vectors) <= target.registers), default=0)
-
-
 def working_set(target: Target, k_block: int) -> int:
     """Bytes that several tiles pass over again and again: a unit's inputs and sums, a block of weights and the next."""
     return UNIT_TOKENS * (k_block * target.element_bytes + ROW_BYTES) + 2 * k_block // 2 * ROW_BYTES
@@ -180,7 +165,7 @@ def slots(target: Target, tokens: int, vectors: int) -> float:
 
 def row_slots(target: Target, blocking: Blocking, tokens: int) -> float:
     """Slots for one packed row and so many tokens of an expert, the memory's time included."""
-    if 0 < target.rows_from <= tokens:
+    if 0 < target.tiles_from <= tokens:
         return _tile_row_slots(blocking, tokens)
     count = -(-tokens // blocking.tile_tokens)
     sizes = [tokens // count + (index < tokens % count) for index in range(count)]
@@ -215,7 +200,7 @@ def _tile_row_slots(blocking: Blocking, tokens: int) -> float:
 
 def _tiles(target: Target) -> Iterator[tuple[int, int]]:
     """The tallest tile that the registers hold, for each width that divides a packed row."""
-    if target.rows_from:
+    if target.tiles_from:
         yield _TILE_TOKENS, _TILE_VECTORS
         return
     vectors = 1
@@ -275,7 +260,7 @@ def _mean(target: Target, blocking: Blocking, tokens: Sequence[int]) -> float:
 
 def _least(target: Target, tokens: int) -> float:
     """Slots of the multiplies that so many tokens need for a packed row."""
-    each = 2 / TILE_INPUTS if 0 < target.rows_from <= tokens else target.multiplies
+    each = 2 / TILE_INPUTS if 0 < target.tiles_from <= tokens else target.multiplies
     return ROW_LANES / target.lanes * each * tokens
 
 
@@ -288,7 +273,7 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
     chosen = best.blocking
     tokens, vectors = chosen.tile_tokens, chosen.tile_vectors
     row = ROW_LANES // target.lanes
-    if target.rows_from:
+    if target.tiles_from:
         return _explain_tiles(target, best, l2)
     loads = vectors * target.weight_loads + tokens * target.input_loads
     lines = [
@@ -301,15 +286,6 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
         f"k_block {chosen.k_block}: {format_bytes(working_set(target, chosen.k_block))} of the {format_bytes(l2)} L2; "
         "larger ones move the sums less often",
     ]
-    if quad_tokens(target):
-        lines.append(
-            "one token takes four blocks of outputs at once: the hardware's prefetching keeps up with so many streams"
-        )
-    if pairs := pair_tokens(target):
-        lines.append(
-            f"up to {pairs} tokens two blocks of outputs at once, fetched {chosen.fetch_bytes // 2} bytes ahead: "
-            "memory serves two streams sooner than one"
-        )
     widest = next((t.tokens for t in chosen.narrow_tiles if t.vectors == row), tokens if vectors == row else 0)
     limit = _WINDOW // _ROWS_IN_FLIGHT
     if widest and chosen.fetch_tokens <= widest:
@@ -332,19 +308,17 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
 
 
 def _explain_tiles(target: Target, best: Candidate, l2: int) -> tuple[str, ...]:
-    chosen, few = best.blocking, target.rows_from - 1
+    chosen = best.blocking
     tokens, vectors = chosen.tile_tokens, chosen.tile_vectors
-    at, limit = _instructions(target, few, ROW_LANES // target.lanes), _WINDOW // _ROWS_IN_FLIGHT
     rows = tokens // TILE_ROWS
     products, loads = rows * vectors, rows + vectors
     return (
         f"tile {tokens} x {vectors}: {products + loads} of {_TILE_REGISTERS} tile registers; "
         f"{products} products beside {loads} loads",
-        f"tiles from {target.rows_from} tokens on: up to {few} a row is {at} instructions of the AVX-512 kernel, "
-        f"{_ROWS_IN_FLIGHT} rows fit the out-of-order window up to {limit}, and memory is the limit of both",
+        f"tiles from {target.tiles_from} tokens on: with fewer, memory is the limit of the AVX-512 kernel too",
         f"k_block {chosen.k_block}: {format_bytes(working_set(target, chosen.k_block))} of the {format_bytes(l2)} L2; "
         "larger ones move the sums less often",
-        f"tiles fetch {chosen.fetch_bytes} bytes ahead",
+        f"fetches from {chosen.fetch_tokens} tokens on, {chosen.fetch_bytes} bytes ahead",
         f"predicted {1 / best.small:.0%} of the limit up to 16 tokens, {1 / best.large:.0%} beyond",
         "never run on a CPU that has it: taken only where it is asked for by name",
     )

@@ -13,8 +13,8 @@ class Target:
     check           the function of cpu.hpp that asks whether it may run
     flags           the compiler flags of its file, and of no other
     element_bytes   of an activation: 2 (bf16) or 4 (fp32)
-    rows_from       so many tokens of an expert and more are multiplied as tiles, from activations that lie row by row;
-                    fewer as vectors, and the numbers below are of these. 0: all are vectors
+    tiles_from       so many tokens of an expert and more are multiplied as tiles, fewer as vectors, and the numbers below
+                    are of these. 0: all are vectors
     permit          the function of cpu.hpp or amx_permission.hpp that asks the system for the registers, on opening
     includes        further headers that its own needs and others do not
     functions       what the names of its functions run, burn in the header end with
@@ -46,7 +46,7 @@ class Target:
     input_loads: int
     input_instructions: int
     multiplies: int
-    rows_from: int = 0
+    tiles_from: int = 0
     permit: str = "always"
     functions: str = ""
     includes: tuple[str, ...] = ()
@@ -135,15 +135,15 @@ TARGETS: dict[str, Target] = {
     )
 }
 
-# Up to 6 tokens the memory is the limit of the AVX-512 kernel, which is then what runs; from 7 on multiplications would
-# hold up the reading (selection.py counts so), and tiles are a sixteenth of them.
+# Up to 6 tokens memory is the limit of the AVX-512 kernel by far, which is then what runs; tiles take a sixteenth of the
+# multiplications.
 TARGETS["amx_bf16"] = replace(
     TARGETS["avx512_bf16"],
     isa="amx_bf16",
     header="isa_amx_bf16.hpp",
     policy="AmxBf16",
     check="has_amx_bf16",
-    rows_from=7,
+    tiles_from=7,
     permit="permit_tiles",
     functions="_tiles",
     includes=("amx_tiles.hpp", "isa_avx512_bf16.hpp"),

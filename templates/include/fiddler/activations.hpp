@@ -17,13 +17,13 @@ inline void fill_row(const uint16_t* from, int64_t inputs, int64_t element_bytes
     std::memcpy(to, from, static_cast<size_t>(inputs * 2));
   } else {
     const __m128i zero = _mm_setzero_si128();
-    int64_t i = 0;
-    for (; i + 8 <= inputs; i += 8) {
+    const int64_t eights = inputs / 8 * 8;
+    for (int64_t i = 0; i < eights; i += 8) {
       const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * 4), _mm_unpacklo_epi16(zero, eight));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * 4 + 16), _mm_unpackhi_epi16(zero, eight));
     }
-    for (; i < inputs; ++i) {
+    for (int64_t i = eights; i < inputs; ++i) {
       const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
       std::memcpy(to + i * 4, &bits, 4);
     }

@@ -16,7 +16,7 @@ struct AmxBf16 : Avx512Bf16 {};  // what few tokens are multiplied with
 
 template <class Tile>
 struct FewTokens : Tile {
-  static constexpr int kTokens = Tile::kRowsFrom - 1;
+  static constexpr int kTokens = Tile::kTilesFrom - 1;
 };
 
 constexpr int64_t kStepPairs = fdl::kTileInputs / 2;
@@ -78,7 +78,7 @@ inline void multiply(const AmxPass& pass, const uint32_t* w, int64_t pairs, cons
   if constexpr (M == 2) tile_store<2>(low, fdl::kRowBytes), tile_store<3>(low + kHalfRow, fdl::kRowBytes);
 }
 
-// As run_blocks() in kernel.hpp, with a pass for every two tiles of tokens. All tiles have as many rows: those that the last one
+// As run_block() in kernel.hpp, with a pass for every two tiles of tokens. All tiles have as many rows: those that the last one
 // has too many are whatever lies behind the unit's activations, and nobody reads their sums.
 template <class Isa, class Tile>
 inline void multiply_block(const fdl::Task& task, const uint32_t* following, int64_t tiles, int64_t rows) {
@@ -115,12 +115,12 @@ inline void multiply_block(const fdl::Task& task, const uint32_t* following, int
 // The thread's tiles are as they were when it returns.
 template <class Isa, class Tile>
 inline void run_tiles(const fdl::Task& task) {
-  if (task.tokens < Tile::kRowsFrom) return run<Isa, FewTokens<Tile>>(task);
+  if (task.tokens < Tile::kTilesFrom) return run<Isa, FewTokens<Tile>>(task);
   const int64_t tiles = (task.tokens + fdl::kTileRows - 1) / fdl::kTileRows, rows = (task.tokens + tiles - 1) / tiles;
   configure(rows);
   for (int64_t block = 0; block < task.blocks; ++block) {
     const fdl::Task part = from_block(task, block);
-    multiply_block<Isa, Tile>(part, part.blocks > 1 ? part.weights + task.weight_stride : task.next, tiles, rows);
+    multiply_block<Isa, Tile>(part, next_block(task, block), tiles, rows);
     if (task.phase == fdl::Phase::gate_up)
       activate_sums<Isa>(part, part.sums, 0, part.tokens);
     else

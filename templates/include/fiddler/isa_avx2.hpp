@@ -26,7 +26,9 @@ struct Avx2 {
   }
   template <int kStep>
   static inline Inputs broadcast(const Element* pair) {
-    return _mm256_set1_ps(pair[kStep]);
+    Inputs inputs = _mm256_set1_ps(pair[kStep]);
+    asm volatile("" : "+x"(inputs));  // one after the other: GCC 12 loads so many early that sums leave the registers
+    return inputs;
   }
   static inline Vector multiply_add(Vector sum, Weights weights, Inputs inputs) {
     return _mm256_fmadd_ps(weights, inputs, sum);

@@ -27,7 +27,9 @@ struct Avx512f {
   }
   template <int kStep>
   static inline Inputs broadcast(const Element* pair) {
-    return _mm512_set1_ps(pair[kStep]);
+    Inputs inputs = _mm512_set1_ps(pair[kStep]);
+    asm volatile("" : "+v"(inputs));  // one after the other: GCC 12 loads so many early that sums leave the registers
+    return inputs;
   }
   static inline Vector multiply_add(Vector sum, Weights weights, Inputs inputs) {
     return _mm512_fmadd_ps(weights, inputs, sum);

@@ -141,11 +141,9 @@ class MoeLayer {
   };
 
   static constexpr int64_t kBlocks[2] = {kGateUpBlocks, kDownBlocks};
-  // Blocks that one task takes, by phase: an even number, since few tokens take two at a time.
+  // Blocks that one task takes, by phase: an even number of gate/up's fills whole cache lines of the intermediate.
   static constexpr int64_t kGroups[2] = {std::max<int64_t>(kTaskBytes / (kGateUpBlockLanes * 8), 1) * 2,
                                          std::max<int64_t>(kTaskBytes / (kDownBlockLanes * 8), 1) * 2};
-  // More threads read enough streams with two blocks each, and smaller tasks part better among them.
-  static constexpr int kQuadThreads = 2;
   // Room that keeps consecutive rows out of the same cache sets when the sizes are powers of two.
   static constexpr int64_t kResultStride = kDownBlocks * kLanes + 16;
 
@@ -231,7 +229,6 @@ class MoeLayer {
 
   // Deals this call's tasks out to so many threads.
   void deal(const fdl_moe_call& call, int threads) {
-    quads_ = threads <= kQuadThreads;
     filling_.begin(threads);
     if (rows_ * kHidden >= kSerialElements) filling_.add_wave(divide_up(rows_, kRowStep));
     filling_.seal();
@@ -242,7 +239,7 @@ class MoeLayer {
       for (int64_t first = 0, last = 0; first < count_; first = last) {
         int64_t tasks = 0;
         for (; last < count_ && tasks < kWaveTasks * threads; ++last)
-          tasks += divide_up(kBlocks[index] - first_block(units_[last], index), group(units_[last], index));
+          tasks += divide_up(kBlocks[index] - first_block(units_[last], index), kGroups[index]);
         const int64_t before = stage.total();
         tasks = 0;
         for (int node = 0; node < pool_.nodes(); ++node) {
@@ -250,7 +247,7 @@ class MoeLayer {
             const int64_t begin = first_block(*unit, index), blocks = kBlocks[index] - begin;
             *run = {unit, begin + blocks * node / pool_.nodes(), begin + blocks * (node + 1) / pool_.nodes(),
                     before + tasks};
-            tasks += divide_up(run->last_block - run->first_block, group(*run->unit, index));
+            tasks += divide_up(run->last_block - run->first_block, kGroups[index]);
             ++run;
           }
         }
@@ -263,11 +260,6 @@ class MoeLayer {
     const int64_t left = rows_ - first_rows_ + call.tokens - first_rows_;  // results to add, and tokens without any
     if (left * kHidden >= kSerialElements) combining_.add_wave(divide_up(call.tokens, kTokenStep));
     combining_.seal();
-  }
-
-  // Blocks of one task of this unit.
-  int64_t group(const Unit& unit, int index) const {
-    return quads_ && unit.rows <= variant_.quad_tokens ? divide_up(kGroups[index], 4) * 4 : kGroups[index];
   }
 
   static int64_t first_block(const Unit& unit, int index) { return index == 0 ? unit.first_block : 0; }
@@ -300,7 +292,7 @@ class MoeLayer {
   void compute(Phase which, int64_t task, int64_t following, int worker) const {
     const int index = which == Phase::gate_up ? 0 : 1;
     const auto first_of = [&](const Run& run, int64_t number) {
-      return run.first_block + (number - run.first_task) * group(*run.unit, index);
+      return run.first_block + (number - run.first_task) * kGroups[index];
     };
     const Run& run = run_of(index, task);
     const uint32_t* after = nullptr;
@@ -308,7 +300,7 @@ class MoeLayer {
       const Run& then = run_of(index, following);
       after = weights_of(*then.unit, which, first_of(then, following));
     }
-    const int64_t first = first_of(run, task), last = std::min(first + group(*run.unit, index), run.last_block);
+    const int64_t first = first_of(run, task), last = std::min(first + kGroups[index], run.last_block);
     compute_blocks(*run.unit, which, first, last, after, worker);
   }
 
@@ -360,7 +352,6 @@ class MoeLayer {
   // Of the call in progress.
   int64_t rows_ = 0, first_rows_ = 0, active_ = 0, count_ = 0;
   int64_t run_counts_[2] = {0, 0};
-  bool quads_ = false;  // tasks of the fewest tokens are whole groups of four blocks
   int32_t* counts_ = nullptr;
   Unit* units_ = nullptr;
   Run* runs_[2] = {nullptr, nullptr};

@@ -45,7 +45,6 @@ struct Variant {
   bool (*usable)();                        // baseline code: asks the CPU and the operating system
   bool (*permit)();                        // asks the system for the registers, when a library is opened
   int32_t element_bytes;                   // of an activation: 2 or 4
-  int32_t quad_tokens;                     // up to so many tokens a task's blocks are taken four at a time; 0: never
   void (*run)(const Task&);
   double (*burn)(int64_t steps);           // keeps the multiply units busy; returns the floating-point operations done
   void (*read)(const void*, int64_t);      // reads so many bytes

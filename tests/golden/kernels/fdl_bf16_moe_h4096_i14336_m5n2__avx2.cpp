@@ -7,8 +7,6 @@ namespace {
 
 struct Tile {
   static constexpr int kTokens = 5;
-  static constexpr int kPairTokens = 1;
-  static constexpr int kQuadTokens = 0;
   static constexpr int64_t kDepthPairs = 256;
   static constexpr int64_t kFetchTokens = 1;
   static constexpr int64_t kFetchBytes = 8192;

@@ -2,7 +2,7 @@
 // Only ever run in an emulation (docs/kernels.md, AMX).
 //
 // 16 rows of half a packed row, 128 bytes apart, are the second operand as the instruction wants it: weights are read as they
-// lie. Activations lie row by row. Four tiles hold the sums of two tiles of tokens and a packed row's 32 outputs, two more the
+// lie. Four tiles hold the sums of two tiles of tokens and a packed row's 32 outputs, two more the
 // inputs, two the weights: every product of two loaded tiles is taken.
 #pragma once
 
@@ -16,7 +16,7 @@ struct AmxBf16 : Avx512Bf16 {};  // what few tokens are multiplied with
 
 template <class Tile>
 struct FewTokens : Tile {
-  static constexpr int kTokens = Tile::kRowsFrom - 1;
+  static constexpr int kTokens = Tile::kTilesFrom - 1;
 };
 
 constexpr int64_t kStepPairs = fdl::kTileInputs / 2;
@@ -78,27 +78,15 @@ inline void multiply(const AmxPass& pass, const uint32_t* w, int64_t pairs, cons
   if constexpr (M == 2) tile_store<2>(low, fdl::kRowBytes), tile_store<3>(low + kHalfRow, fdl::kRowBytes);
 }
 
-// The activation of all tokens' sums, to rows; the last block fills them up to whole steps with zeros.
-template <class Isa>
-inline void activate_rows(const fdl::Task& task) {
-  constexpr int64_t kLast = (fdl::kGateUpBlocks - 1) * fdl::kGateLanes;
-  const int64_t column = 2 * task.intermediate_pair;
-  const int64_t zeros = column == kLast && fdl::kGateUpBlocks % 2 ? fdl::kGateLanes : 0;
-  auto* out = static_cast<uint16_t*>(task.intermediate) + column;
-  for (int64_t token = 0; token < task.tokens; ++token, out += task.intermediate_stride) {
-    activate<Isa::kLanes>(task.sums + token * fdl::kLanes, task.bias, out);
-    for (int64_t c = task.columns; c < fdl::kGateLanes + zeros; ++c) out[c] = 0;
-  }
-}
-
-// As run_blocks() in kernel.hpp, with a pass for every two tiles of tokens. All tiles have as many rows: those that the last one
+// As run_block() in kernel.hpp, with a pass for every two tiles of tokens. All tiles have as many rows: those that the last one
 // has too many are whatever lies behind the unit's activations, and nobody reads their sums.
 template <class Isa, class Tile>
 inline void multiply_block(const fdl::Task& task, const uint32_t* following, int64_t tiles, int64_t rows) {
   const int64_t passes = (tiles + 1) / 2;
   AmxPass pass{};
   pass.rows = rows;
-  pass.x_stride = task.activation_stride * 2;
+  const int64_t stride = task.phase == fdl::Phase::gate_up ? kInputStride<Isa> : kMiddleStride<Isa>;
+  pass.x_stride = stride * 2;
   const int64_t step = passes == 1 ? task.pairs : Tile::kDepthPairs;
   static_assert(Tile::kDepthPairs % kStepPairs == 0);
   for (int64_t first = 0; first < task.pairs; first += step) {
@@ -111,7 +99,7 @@ inline void multiply_block(const fdl::Task& task, const uint32_t* following, int
     pass.fresh = first == 0;
     for (int64_t p = 0; p < passes; ++p) {
       const int64_t token = 2 * p * rows;
-      pass.x = static_cast<const uint16_t*>(task.activations) + token * task.activation_stride + 2 * (task.first_pair + first);
+      pass.x = static_cast<const uint16_t*>(task.activations) + token * stride + 2 * first;
       pass.sums = task.sums + token * fdl::kLanes;
       // One pass fetches ahead of itself; of several the first two fetch one half each of the next block.
       pass.lines = !next || p > 1 ? 0 : passes == 1 ? 2 * kStepPairs : kStepPairs;
@@ -127,16 +115,16 @@ inline void multiply_block(const fdl::Task& task, const uint32_t* following, int
 // The thread's tiles are as they were when it returns.
 template <class Isa, class Tile>
 inline void run_tiles(const fdl::Task& task) {
-  if (task.tokens < Tile::kRowsFrom) return run<Isa, FewTokens<Tile>>(task);
+  if (task.tokens < Tile::kTilesFrom) return run<Isa, FewTokens<Tile>>(task);
   const int64_t tiles = (task.tokens + fdl::kTileRows - 1) / fdl::kTileRows, rows = (task.tokens + tiles - 1) / tiles;
   configure(rows);
   for (int64_t block = 0; block < task.blocks; ++block) {
     const fdl::Task part = from_block(task, block);
-    multiply_block<Isa, Tile>(part, part.blocks > 1 ? part.weights + task.weight_stride : task.next, tiles, rows);
+    multiply_block<Isa, Tile>(part, next_block(task, block), tiles, rows);
     if (task.phase == fdl::Phase::gate_up)
-      activate_rows<Isa>(part);
+      activate_sums<Isa>(part, part.sums, 0, part.tokens);
     else
-      store_tile<Isa::kLanes>(part, part.sums, 0, part.tokens);
+      store_sums<Isa::kLanes>(part, part.sums, 0, part.tokens);
   }
   tile_release();
 }

@@ -15,8 +15,6 @@
 //   kBurnSums           independent sums that keep the multiply units busy
 // A Tile provides
 //   kTokens             most tokens of a register tile
-//   kPairTokens         most tokens with which a register tile takes the rows of two blocks beside each other; or 0
-//   kQuadTokens         and of four
 //   vectors(tokens)     of outputs beside each other in a tile of so many tokens
 //   kDepthPairs         depth block of several passes: its weights and the next one's stay in the second-level cache
 //   kFetchTokens        from so many tokens on one pass fetches the weights ahead of itself
@@ -29,10 +27,15 @@
 
 namespace {
 
-// One depth block of one block of outputs, or of two or four blocks beside each other.
+// Elements from a token's inputs to the next one's: of gate and up, and of down.
+template <class Isa>
+constexpr int64_t kInputStride = row_bytes(fdl::kHidden, sizeof(typename Isa::Element)) / sizeof(typename Isa::Element);
+template <class Isa>
+constexpr int64_t kMiddleStride = row_bytes(fdl::kIntermediate, sizeof(typename Isa::Element)) / sizeof(typename Isa::Element);
+
+// One depth block of one block of outputs.
 struct Block {
   const uint32_t* weights;
-  int64_t stride;        // lanes from a block to the one beside it
   int64_t pairs;
   const uint32_t* next;  // what to fetch meanwhile: several passes the next depth block, one pass the next block; or null
   int64_t passes;        // over these weights, in all
@@ -47,92 +50,82 @@ struct Fetch {
 };
 
 // One step of a pair of inputs. A step holds its own weights alone: the registers are the sums'.
-template <class Isa, int kStep, int M, int N, int B>
-[[gnu::always_inline]] inline void multiply(typename Isa::Vector (&acc)[M][B * N], const typename Isa::Element* x,
-                                            const uint32_t* w, int64_t stride) {
-  const auto load = [=](int n) { return Isa::template load<kStep>(w + n / N * stride + n % N * Isa::kLanes); };
-  if constexpr (B == 4) {
-    static_assert(M == 1);
-    const typename Isa::Inputs inputs = Isa::template broadcast<kStep>(x);
+template <class Isa, int64_t kStride, int kStep, int M, int N>
+[[gnu::always_inline]] inline void multiply(typename Isa::Vector (&acc)[M][N], const typename Isa::Element* x,
+                                            const uint32_t* w) {
+  typename Isa::Weights weights[N];
 #pragma GCC unroll 16
-    for (int n = 0; n < B * N; ++n) acc[0][n] = Isa::multiply_add(acc[0][n], load(n), inputs);
-    return;
-  }
-  typename Isa::Weights weights[B * N];
-#pragma GCC unroll 16
-  for (int n = 0; n < B * N; ++n) weights[n] = load(n);
+  for (int n = 0; n < N; ++n) weights[n] = Isa::template load<kStep>(w + n * Isa::kLanes);
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
-    const typename Isa::Inputs inputs = Isa::template broadcast<kStep>(x + 2 * m);
+    const typename Isa::Inputs inputs = Isa::template broadcast<kStep>(x + m * kStride);
 #pragma GCC unroll 16
-    for (int n = 0; n < B * N; ++n) acc[m][n] = Isa::multiply_add(acc[m][n], weights[n], inputs);
+    for (int n = 0; n < N; ++n) acc[m][n] = Isa::multiply_add(acc[m][n], weights[n], inputs);
   }
 }
 
-// Sums of M tokens by N vectors of each of B blocks' rows, x[pairs][M] * w[pairs][N], added to `from` if that is given; all
-// sums in registers. Fetches `kFetch` cache lines a pair and block.
-template <class Isa, int M, int N, int B, int kFetch>
-inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t stride, int64_t pairs, const float* from,
-                  float* to, int64_t to_beside, Fetch fetch) {
+// Sums of M tokens' rows by N vectors of a block's rows, added to `from` if that is given; all sums in registers. The tokens
+// lie kStride elements apart, a constant, so that one register holds all their addresses. Fetches `kFetch` cache lines a pair.
+template <class Isa, int64_t kStride, int M, int N, int kFetch>
+inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs, const float* from, float* to,
+                  Fetch fetch) {
   using Vector = typename Isa::Vector;
-  constexpr int kNear = B > 1 ? 3 : 2;  // two blocks: so short a way ahead that it fits the first-level cache
-  Vector acc[M][B * N];
+  Vector acc[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-    for (int n = 0; n < B * N; ++n) {
+    for (int n = 0; n < N; ++n) {
       acc[m][n] = Vector{};
       if (from) __builtin_memcpy(&acc[m][n], from + m * fdl::kLanes + n * Isa::kLanes, sizeof(Vector));
     }
   }
   int64_t p = 0, end = kFetch ? fetch.pairs : pairs;
   for (int part = 0; part < 1 + (kFetch > 1); ++part, end = pairs, fetch.at = fetch.then) {
-    for (; p < end; ++p, w += fdl::kLanes, x += 2 * M) {
+    for (; p < end; ++p, w += fdl::kLanes, x += 2) {
 #pragma GCC unroll 2
-      for (int b = 0; b < B; ++b) {
-#pragma GCC unroll 2
-        for (int line = 0; line < kFetch; ++line) __builtin_prefetch(fetch.at + b * stride * 4 + 64 * line, 0, kNear);
-      }
+      for (int line = 0; line < kFetch; ++line) __builtin_prefetch(fetch.at + 64 * line, 0, 2);
       if (kFetch) fetch.at += 64 * kFetch;
-      multiply<Isa, 0, M, N, B>(acc, x, w, stride);
-      if constexpr (Isa::kSteps == 2) multiply<Isa, 1, M, N, B>(acc, x, w, stride);
+      multiply<Isa, kStride, 0>(acc, x, w);
+      if constexpr (Isa::kSteps == 2) {
+        multiply<Isa, kStride, 1>(acc, x, w);
+      }
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-    for (int n = 0; n < B * N; ++n)
-      __builtin_memcpy(to + n / N * to_beside + m * fdl::kLanes + n % N * Isa::kLanes, &acc[m][n], sizeof(Vector));
+    for (int n = 0; n < N; ++n)
+      __builtin_memcpy(to + m * fdl::kLanes + n * Isa::kLanes, &acc[m][n], sizeof(Vector));
   }
 }
 
-template <class Isa, class Tile, int B, int M>
-inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, const float* from, float* to,
-                 int64_t to_beside) {
+// Of several passes each has at least so many tokens: Tiles makes them equal.
+template <class Tile>
+constexpr int kLeastTokens = (Tile::kTokens + 1) / 2;
+
+template <class Isa, class Tile, int64_t kStride, int M = Tile::kTokens>
+inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, const float* from, float* to) {
   if constexpr (M > 1) {
-    if (tokens < M) return tile<Isa, Tile, B, M - 1>(tokens, x, block, from, to, to_beside);
+    if (tokens < M) return tile<Isa, Tile, kStride, M - 1>(tokens, x, block, from, to);
   }
-  constexpr int N = B > 1 ? fdl::kLanes / Isa::kLanes : Tile::vectors(M);
+  constexpr int N = Tile::vectors(M), kVectors = fdl::kLanes / Isa::kLanes;
   for (int column = 0; column < fdl::kLanes; column += Isa::kLanes * N, ++block.pass) {
     const uint32_t* w = block.weights + column;
     const float* begin = from ? from + column : nullptr;
     const auto* next = reinterpret_cast<const char*>(block.next);
-    if (block.passes == 1) {
+    if (N == kVectors && block.passes == 1) {
       // Ahead in this block, and over its end into the next one.
-      constexpr int64_t kAhead = Tile::kFetchBytes / B / fdl::kRowBytes;
+      constexpr int64_t kAhead = Tile::kFetchBytes / fdl::kRowBytes;
       const int64_t most = block.pairs < kAhead ? 0 : block.pairs - kAhead;
-      const auto* ahead = reinterpret_cast<const char*>(w) + kAhead * fdl::kRowBytes;
+      const auto* ahead = reinterpret_cast<const char*>(w) + Tile::kFetchBytes;
       const Fetch fetch{ahead, most, next ? next : ahead + most * fdl::kRowBytes};
-      if (B == 2 || (B == 1 && tokens >= Tile::kFetchTokens))
-        strip<Isa, M, N, B, B < 4 ? 2 : 0>(x, w, block.stride, block.pairs, begin, to + column, to_beside, fetch);
-      else
-        strip<Isa, M, N, B, 0>(x, w, block.stride, block.pairs, begin, to + column, to_beside, fetch);
-    } else if constexpr (B == 1) {
+      strip<Isa, kStride, M, N, M >= Tile::kFetchTokens ? 2 : 0>(x, w, block.pairs, begin, to + column, fetch);
+    } else if constexpr (N < kVectors || M >= kLeastTokens<Tile>) {
       if (!next || block.pass > 1)
-        strip<Isa, M, N, 1, 0>(x, w, 0, block.pairs, begin, to + column, 0, {});
+        strip<Isa, kStride, M, N, 0>(x, w, block.pairs, begin, to + column, {});
       else
-        strip<Isa, M, N, 1, 1>(x, w, 0, block.pairs, begin, to + column, 0,
-                               {next + 64 * block.pairs * block.pass, block.pairs, nullptr});
+        strip<Isa, kStride, M, N, 1>(x, w, block.pairs, begin, to + column,
+                                     {next + 64 * block.pairs * block.pass, block.pairs, nullptr});
     }
   }
 }
@@ -143,32 +136,36 @@ inline fdl::Task from_block(fdl::Task task, int64_t block) {
   task.weights += block * task.weight_stride;
   if (task.bias) task.bias += block * fdl::kLanes;
   task.result_column += block * fdl::kLanes;
-  task.intermediate_pair += block * fdl::kGateLanes / 2;
+  task.intermediate_column += block * fdl::kGateLanes;
   task.columns -= block * (task.phase == fdl::Phase::gate_up ? fdl::kGateLanes : fdl::kLanes);
   return task;
 }
 
-// The activation of one tile's sums, laid into the intermediate's tile of M tokens.
+// What is read after a block.
+inline const uint32_t* next_block(const fdl::Task& task, int64_t block) {
+  return block + 1 < task.blocks ? task.weights + (block + 1) * task.weight_stride : task.next;
+}
+
+// The activation of some tokens' sums.
 template <class Isa>
-inline void activate_tile(const fdl::Task& task, const float* sums, int64_t first, int64_t tokens) {
+inline void activate_sums(const fdl::Task& task, const float* sums, int64_t first, int64_t tokens) {
   using Element = typename Isa::Element;
   constexpr int kWidth = Isa::kLanes < fdl::kGateLanes ? Isa::kLanes : fdl::kGateLanes;
-  auto* out = static_cast<Element*>(task.intermediate) + first * task.intermediate_stride +
-              2 * task.intermediate_pair * tokens;
-  for (int64_t m = 0; m < tokens; ++m) {
-    Element row[fdl::kGateLanes];
+  // The last block fills the rows up with zeros.
+  constexpr int64_t kLast = (fdl::kGateUpBlocks - 1) * fdl::kGateLanes;
+  const int64_t end = task.intermediate_column == kLast ? row_inputs(fdl::kIntermediate) - kLast : fdl::kGateLanes;
+  auto* out = static_cast<Element*>(task.intermediate) + first * kMiddleStride<Isa> + task.intermediate_column;
+  for (int64_t m = 0; m < tokens; ++m, sums += fdl::kLanes, out += kMiddleStride<Isa>) {
     for (int column = 0; column < fdl::kGateLanes; column += kWidth)
-      activate<kWidth>(sums + m * fdl::kLanes + column, fdl::kBias ? task.bias + column : nullptr, row + column);
+      activate<kWidth>(sums + column, fdl::kBias ? task.bias + column : nullptr, out + column);
     // Infinite inputs make NaN of the padding's 0 * inf; an odd depth's partner must be zero whatever the inputs.
-    for (int64_t column = task.columns; column < fdl::kGateLanes; ++column) row[column] = 0;
-    for (int64_t pair = 0; pair < fdl::kGateLanes / 2; ++pair)
-      __builtin_memcpy(out + 2 * (pair * tokens + m), row + 2 * pair, 2 * sizeof(Element));
+    for (int64_t column = task.columns; column < end; ++column) out[column] = 0;
   }
 }
 
-// The results of one tile's sums.
+// The results of some tokens' sums.
 template <int L>
-inline void store_tile(const fdl::Task& task, const float* sums, int64_t first, int64_t tokens) {
+inline void store_sums(const fdl::Task& task, const float* sums, int64_t first, int64_t tokens) {
   for (int64_t m = 0; m < tokens; ++m, sums += fdl::kLanes) {
     float row[fdl::kLanes];
     for (int column = 0; column < fdl::kLanes; column += L) {
@@ -185,66 +182,56 @@ inline void store_tile(const fdl::Task& task, const float* sums, int64_t first, 
   }
 }
 
-// B blocks beside each other, the first of which is `task`'s. `next` is worth fetching after them; or null.
+// One block. `next` is worth fetching after it; or null.
 //
-// Tokens of one tile read the weights once, straight through, fetched a little ahead; few tokens read two blocks at once:
-// memory serves two streams sooner than one. The fewest read four, which the hardware's own prefetching keeps up with.
-// Several tiles cut the depth in blocks that they pass over in turn, while the next block is fetched: memory and multiply
-// units work at the same time.
-//
-// Not inlined: GCC 12 would keep the addresses of four blocks on the stack.
-template <class Isa, class Tile, int B>
-[[gnu::noinline]] inline void run_blocks(const fdl::Task& task, const uint32_t* next) {
+// Tokens of one tile read the weights once, straight through, fetched a little ahead. Several tiles cut the depth in blocks
+// that they pass over in turn, while the next block is fetched: memory and multiply units work at the same time.
+template <class Isa, class Tile, fdl::Phase kPhase>
+inline void run_block(const fdl::Task& task, const uint32_t* next) {
   using Element = typename Isa::Element;
+  constexpr bool kGateUp = kPhase == fdl::Phase::gate_up;
+  constexpr int64_t kStride = kGateUp ? kInputStride<Isa> : kMiddleStride<Isa>;
   const Tiles tiles(task.tokens, Tile::kTokens);
-  const int64_t passes =
-      B > 1 ? 1 : tiles.count * fdl::kLanes / (Isa::kLanes * Tile::vectors(static_cast<int>(tiles.most())));
+  const int64_t passes = tiles.count * fdl::kLanes / (Isa::kLanes * Tile::vectors(static_cast<int>(tiles.most())));
   const int64_t step = passes == 1 ? task.pairs : Tile::kDepthPairs;
-  const auto* activations = static_cast<const Element*>(task.activations);
   for (int64_t first = 0; first < task.pairs; first += step) {
     const bool last = first + step >= task.pairs;
     Block block{};
     block.weights = task.weights + first * fdl::kLanes;
-    block.stride = task.weight_stride;
     block.pairs = last ? task.pairs - first : step;
     block.passes = passes;
     block.next = last ? next : block.weights + step * fdl::kLanes;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t token = tiles.first(t), tokens = tiles.tokens(t);
-      const Element* x = activations + token * task.activation_stride + 2 * (task.first_pair + first) * tokens;
+      const Element* x = static_cast<const Element*>(task.activations) + token * kStride + 2 * first;
       float* sums = task.sums + token * fdl::kLanes;
-      tile<Isa, Tile, B, B == 1 ? Tile::kTokens : B == 2 ? Tile::kPairTokens : Tile::kQuadTokens>(
-          tokens, x, block, first ? sums : nullptr, sums, tokens * fdl::kLanes);
-      if (!last) continue;
-      for (int64_t beside = 0; beside < B; ++beside, sums += tokens * fdl::kLanes) {
-        const fdl::Task part = from_block(task, beside);
-        if (task.phase == fdl::Phase::gate_up)
-          activate_tile<Isa>(part, sums, token, tokens);
-        else
-          store_tile<Isa::kLanes>(part, sums, token, tokens);
+      if (!kGateUp && last) {  // memory lets go of a line about as fast as a tile is computed
+        for (int64_t m = token; m < token + tokens; ++m)
+          for (int64_t line = 0; line < fdl::kRowBytes / 64; ++line)
+            __builtin_prefetch(task.results[m] + task.result_column + 16 * line, 1);
       }
+      tile<Isa, Tile, kStride>(tokens, x, block, first ? sums : nullptr, sums);
+      if (!last) continue;
+      if constexpr (kGateUp)
+        activate_sums<Isa>(task, sums, token, tokens);
+      else
+        store_sums<Isa::kLanes>(task, sums, token, tokens);
     }
   }
 }
 
+template <class Isa, class Tile, fdl::Phase kPhase>
+inline void run_phase(const fdl::Task& task) {
+  for (int64_t block = 0; block < task.blocks; ++block)
+    run_block<Isa, Tile, kPhase>(from_block(task, block), next_block(task, block));
+}
+
 template <class Isa, class Tile>
 inline void run(const fdl::Task& task) {
-  for (int64_t block = 0; block < task.blocks;) {
-    const int64_t left = task.blocks - block;
-    const int64_t beside = task.tokens <= Tile::kQuadTokens && left >= 4   ? 4
-                           : task.tokens <= Tile::kPairTokens && left >= 2 ? 2
-                                                                           : 1;
-    const fdl::Task part = from_block(task, block);
-    const uint32_t* next = beside < left ? part.weights + beside * task.weight_stride : task.next;
-    if (beside == 1) run_blocks<Isa, Tile, 1>(part, next);
-    if constexpr (Tile::kPairTokens > 0) {
-      if (beside == 2) run_blocks<Isa, Tile, 2>(part, next);
-    }
-    if constexpr (Tile::kQuadTokens > 0) {
-      if (beside == 4) run_blocks<Isa, Tile, 4>(part, next);
-    }
-    block += beside;
-  }
+  if (task.phase == fdl::Phase::gate_up)
+    run_phase<Isa, Tile, fdl::Phase::gate_up>(task);
+  else
+    run_phase<Isa, Tile, fdl::Phase::down>(task);
 }
 
 // The peak probe: as many independent sums as it takes for latency not to show. Returns the operations done.

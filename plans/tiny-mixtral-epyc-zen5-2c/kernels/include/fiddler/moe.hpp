@@ -1,4 +1,4 @@
-// One MoE layer's CPU share in one parallel region of four stages: inputs into tiles, sorted by expert; gate and up; down
+// One MoE layer's CPU share in one parallel region of four stages: inputs sorted by expert; gate and up; down
 // and weights; sum per token.
 //
 // The result does not depend on the number of threads: every sum is made by one task in a fixed order, and a token's experts
@@ -69,8 +69,8 @@ class MoeLayer {
   MoeLayer(const Variant& variant, Pool& pool)
       : variant_(variant),
         pool_(pool),
-        input_stride_(stride(kHiddenPairs * 2)),
-        middle_stride_(stride(kGateUpBlocks * kGateLanes)),
+        input_bytes_(row_bytes(kHidden, variant.element_bytes)),
+        middle_bytes_(row_bytes(kIntermediate, variant.element_bytes)),
         filling_(pool), computing_{Stage(pool), Stage(pool)}, combining_(pool) {}
 
   // Throws std::bad_alloc.
@@ -83,10 +83,11 @@ class MoeLayer {
     sort_rows(call);
     const bool alone = active_ * kPackedBytes + rows_ * kRowCost < (pool_.beside_torch() ? kAloneOnTeam : kAloneCost);
     deal(call, alone ? 1 : pool_.threads());
-    if (filling_.total() == 0)
-      for (int64_t i = 0; i < tiles_; ++i) fill(call, i);
+    if (filling_.total() == 0) fill(call, 0, rows_);
     auto region = [&](int worker) {
-      filling_.work_off(worker, [&](int64_t i, int64_t) { fill(call, i); });
+      filling_.work_off(worker, [&](int64_t i, int64_t) {
+        fill(call, i * kRowStep, std::min((i + 1) * kRowStep, rows_));
+      });
       computing_[0].work_off(worker, [&](int64_t i, int64_t next) { compute(Phase::gate_up, i, next, worker); });
       computing_[1].work_off(worker, [&](int64_t i, int64_t next) { compute(Phase::down, i, next, worker); });
       combining_.work_off(worker, [&](int64_t i, int64_t) {
@@ -105,8 +106,8 @@ class MoeLayer {
  private:
   // Below so many elements one thread copies or adds sooner than several agree to.
   static constexpr int64_t kSerialElements = 32768;
-  // Tokens added up by one task.
-  static constexpr int64_t kTokenStep = 16;
+  // Tokens added up, and rows copied, by one task.
+  static constexpr int64_t kTokenStep = 16, kRowStep = 16;
   // A layer that reads fewer bytes of weights than this takes one thread some 50 us from memory, less from the cache; another
   // thread has to wake first. One of torch's is awake. Computing on a row takes time as well: about that of reading a 32nd of
   // the weights.
@@ -125,7 +126,6 @@ class MoeLayer {
     const uint32_t* packed;
     int64_t first_row, rows;
     int64_t first_block;  // of gate/up: those before are left to the accelerator
-    int64_t first_tile;
   };
   // Blocks of a unit's weights on one memory node, and the first of the tasks they make.
   struct Run {
@@ -141,19 +141,11 @@ class MoeLayer {
   };
 
   static constexpr int64_t kBlocks[2] = {kGateUpBlocks, kDownBlocks};
-  // Blocks that one task takes, by phase: an even number, since few tokens take two at a time.
+  // Blocks that one task takes, by phase: an even number of gate/up's fills whole cache lines of the intermediate.
   static constexpr int64_t kGroups[2] = {std::max<int64_t>(kTaskBytes / (kGateUpBlockLanes * 8), 1) * 2,
                                          std::max<int64_t>(kTaskBytes / (kDownBlockLanes * 8), 1) * 2};
-  // More threads read enough streams with two blocks each, and smaller tasks part better among them.
-  static constexpr int kQuadThreads = 2;
   // Room that keeps consecutive rows out of the same cache sets when the sizes are powers of two.
   static constexpr int64_t kResultStride = kDownBlocks * kLanes + 16;
-
-  // Elements between a unit's tokens. Where they are read by rows, whole steps, and not a power of two.
-  int64_t stride(int64_t inputs) const {
-    return variant_.rows_from ? divide_up(inputs, kTileInputs) * kTileInputs + kTileInputs : inputs;
-  }
-  bool by_rows(const Unit& unit) const { return variant_.rows_from && unit.rows >= variant_.rows_from; }
 
   static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -185,7 +177,7 @@ class MoeLayer {
       }
       first_rows_ += any;
     }
-    rows_ = active_ = count_ = tiles_ = 0;
+    rows_ = active_ = count_ = 0;
     for (int32_t id = 0; id < call.num_experts; ++id) {
       const int64_t rows = counts_[id];
       if (rows == 0) continue;
@@ -195,8 +187,7 @@ class MoeLayer {
       const Tiles units(rows, kUnitTokens);
       for (int64_t i = 0; i < units.count; ++i) {
         units_[count_++] = {reinterpret_cast<const uint32_t*>(call.experts[id]), rows_ + units.first(i),
-                            units.tokens(i), first_block, tiles_};
-        tiles_ += Tiles(units.tokens(i), variant_.tile_tokens).count;
+                            units.tokens(i), first_block};
       }
       counts_[id] = static_cast<int32_t>(rows_);  // from here on: the expert's next row
       rows_ += rows;
@@ -213,9 +204,8 @@ class MoeLayer {
       row_results_ = carver.take<float*>(rows_);
       row_scales_ = carver.take<float>(rows_);
       further_ = carver.take<Further>(call.tokens);
-      const int64_t rows = rows_ + (variant_.rows_from ? kTileRows : 0);
-      inputs_ = carver.take<char>(rows * input_stride_ * variant_.element_bytes);
-      middle_ = carver.take<char>(rows * middle_stride_ * variant_.element_bytes);
+      inputs_ = carver.take<char>((rows_ + kTileRows) * input_bytes_);
+      middle_ = carver.take<char>((rows_ + kTileRows) * middle_bytes_);
       results_ = carver.take<float>((rows_ - first_rows_) * kResultStride);
       sums_ = carver.take<float>(pool_.threads() * kSumRows * kLanes);
       return carver.used();
@@ -239,9 +229,8 @@ class MoeLayer {
 
   // Deals this call's tasks out to so many threads.
   void deal(const fdl_moe_call& call, int threads) {
-    quads_ = threads <= kQuadThreads;
     filling_.begin(threads);
-    if (rows_ * kHidden >= kSerialElements) filling_.add_wave(tiles_);
+    if (rows_ * kHidden >= kSerialElements) filling_.add_wave(divide_up(rows_, kRowStep));
     filling_.seal();
     for (int index = 0; index < 2; ++index) {
       Stage& stage = computing_[index];
@@ -250,7 +239,7 @@ class MoeLayer {
       for (int64_t first = 0, last = 0; first < count_; first = last) {
         int64_t tasks = 0;
         for (; last < count_ && tasks < kWaveTasks * threads; ++last)
-          tasks += divide_up(kBlocks[index] - first_block(units_[last], index), group(units_[last], index));
+          tasks += divide_up(kBlocks[index] - first_block(units_[last], index), kGroups[index]);
         const int64_t before = stage.total();
         tasks = 0;
         for (int node = 0; node < pool_.nodes(); ++node) {
@@ -258,7 +247,7 @@ class MoeLayer {
             const int64_t begin = first_block(*unit, index), blocks = kBlocks[index] - begin;
             *run = {unit, begin + blocks * node / pool_.nodes(), begin + blocks * (node + 1) / pool_.nodes(),
                     before + tasks};
-            tasks += divide_up(run->last_block - run->first_block, group(*run->unit, index));
+            tasks += divide_up(run->last_block - run->first_block, kGroups[index]);
             ++run;
           }
         }
@@ -273,30 +262,13 @@ class MoeLayer {
     combining_.seal();
   }
 
-  // Blocks of one task of this unit.
-  int64_t group(const Unit& unit, int index) const {
-    return quads_ && unit.rows <= variant_.quad_tokens ? divide_up(kGroups[index], 4) * 4 : kGroups[index];
-  }
-
   static int64_t first_block(const Unit& unit, int index) { return index == 0 ? unit.first_block : 0; }
 
-  // Lays one tile's inputs out.
-  void fill(const fdl_moe_call& call, int64_t index) const {
-    constexpr int64_t kMostTile = 64;
-    const Unit& unit = *(std::upper_bound(units_, units_ + count_, index,
-                                          [](int64_t tile, const Unit& u) { return tile < u.first_tile; }) - 1);
-    const Tiles tiles(unit.rows, variant_.tile_tokens);
-    const int64_t tokens = tiles.tokens(index - unit.first_tile);
-    const int64_t row = unit.first_row + tiles.first(index - unit.first_tile);
-    const uint16_t* from[kMostTile];
-    for (int64_t m = 0; m < tokens; ++m) from[m] = call.hidden + row_tokens_[row + m] * call.hidden_stride;
-    char* to = inputs_ + row * input_stride_ * variant_.element_bytes;
-    if (by_rows(unit))
-      fill_rows(from, tokens, kHidden, input_stride_, to);
-    else if (variant_.element_bytes == 2)
-      fill_tile<2>(from, tokens, kHidden, to);
-    else
-      fill_tile<4>(from, tokens, kHidden, to);
+  // Copies the inputs of rows [first, last).
+  void fill(const fdl_moe_call& call, int64_t first, int64_t last) const {
+    for (int64_t row = first; row < last; ++row)
+      fill_row(call.hidden + row_tokens_[row] * call.hidden_stride, kHidden, variant_.element_bytes,
+               inputs_ + row * input_bytes_);
   }
 
   static const uint32_t* weights_of(const Unit& unit, Phase which, int64_t block) {
@@ -320,7 +292,7 @@ class MoeLayer {
   void compute(Phase which, int64_t task, int64_t following, int worker) const {
     const int index = which == Phase::gate_up ? 0 : 1;
     const auto first_of = [&](const Run& run, int64_t number) {
-      return run.first_block + (number - run.first_task) * group(*run.unit, index);
+      return run.first_block + (number - run.first_task) * kGroups[index];
     };
     const Run& run = run_of(index, task);
     const uint32_t* after = nullptr;
@@ -328,7 +300,7 @@ class MoeLayer {
       const Run& then = run_of(index, following);
       after = weights_of(*then.unit, which, first_of(then, following));
     }
-    const int64_t first = first_of(run, task), last = std::min(first + group(*run.unit, index), run.last_block);
+    const int64_t first = first_of(run, task), last = std::min(first + kGroups[index], run.last_block);
     compute_blocks(*run.unit, which, first, last, after, worker);
   }
 
@@ -343,20 +315,16 @@ class MoeLayer {
     if constexpr (kBias) task.bias = bias_of(unit, which, block);
     task.next = next;
     task.sums = sums_ + worker * kSumRows * kLanes;
-    char* middle = middle_ + unit.first_row * middle_stride_ * variant_.element_bytes;
+    char* middle = middle_ + unit.first_row * middle_bytes_;
     if (which == Phase::gate_up) {
       task.pairs = kHiddenPairs;
-      task.activations = inputs_ + unit.first_row * input_stride_ * variant_.element_bytes;
-      task.activation_stride = input_stride_;
+      task.activations = inputs_ + unit.first_row * input_bytes_;
       task.intermediate = middle;
-      task.intermediate_stride = middle_stride_;
-      task.intermediate_pair = block * kGateLanes / 2;
+      task.intermediate_column = block * kGateLanes;
       task.columns = kIntermediate - block * kGateLanes;
     } else {
-      task.first_pair = unit.first_block * kGateLanes / 2;
-      task.pairs = kIntermediatePairs - task.first_pair;
-      task.activations = middle;
-      task.activation_stride = middle_stride_;
+      task.pairs = kIntermediatePairs - unit.first_block * kGateLanes / 2;
+      task.activations = middle + unit.first_block * kGateLanes * variant_.element_bytes;
       task.results = row_results_ + unit.first_row;
       task.scales = row_scales_ + unit.first_row;
       task.result_column = block * kLanes;
@@ -378,13 +346,12 @@ class MoeLayer {
 
   const Variant& variant_;
   Pool& pool_;
-  const int64_t input_stride_, middle_stride_;
+  const int64_t input_bytes_, middle_bytes_;  // from a row to the next
   Workspace small_, large_;
 
   // Of the call in progress.
-  int64_t rows_ = 0, first_rows_ = 0, active_ = 0, count_ = 0, tiles_ = 0;
+  int64_t rows_ = 0, first_rows_ = 0, active_ = 0, count_ = 0;
   int64_t run_counts_[2] = {0, 0};
-  bool quads_ = false;  // tasks of the fewest tokens are whole groups of four blocks
   int32_t* counts_ = nullptr;
   Unit* units_ = nullptr;
   Run* runs_[2] = {nullptr, nullptr};

@@ -17,29 +17,24 @@ constexpr int64_t kTileRows = 16, kTileInputs = 32;
 // Consecutive blocks of outputs for some of one expert's tokens.
 //
 // Activations are the variant's elements: bf16, or fp32 holding bf16 values for variants without a bf16 multiply. They lie
-// in tiles, as many tokens as a register tile takes (Tiles below): the tile of M tokens that begins at token t starts at
-// element t * stride and holds [pairs][M][2] elements, so that a kernel reads it as one stream. From Variant::rows_from tokens
-// on they lie row by row instead, [tokens][stride], with zeros up to a multiple of kTileInputs; up to kTileRows rows behind
-// them may be read, whatever they hold, and as many of the sums written.
+// row by row, row_bytes() apart, with zeros up to a multiple of kTileInputs; up to kTileRows rows behind them may be read,
+// whatever they hold, and as many of the sums written.
 struct Task {
   Phase phase;
   int64_t tokens;
   int64_t pairs;              // depth: inputs of the block, in pairs
-  int64_t first_pair;         // of the activations: the tiles' pairs before it belong to no weight here
   int64_t blocks;
   const uint32_t* weights;    // the first block: [pairs][32] lanes
   int64_t weight_stride;      // lanes from one block to the next
   const float* bias;          // of the first block's 32 lanes, the others' behind; null where experts have none
   const uint32_t* next;       // the block that this thread works on after these, worth fetching; or null
-  const void* activations;
-  int64_t activation_stride;  // elements
+  const void* activations;    // gate_up: rows of kHidden inputs; down: of kIntermediate
   float* sums;                // scratch, [tokens][32]
   float* const* results;      // down: each token's row
   const float* scales;        // down: what each token's results are multiplied by
   int64_t result_column;      // where in the rows the first block's begin
-  void* intermediate;         // gate_up: the result, in tiles like the activations
-  int64_t intermediate_stride;
-  int64_t intermediate_pair;  // where in the tiles the first block's 8 pairs begin
+  void* intermediate;         // gate_up: the result, rows as down reads them
+  int64_t intermediate_column;  // where in the rows the first block's begin
   int64_t columns;            // how many there are of outputs from the first block's on
 };
 
@@ -50,9 +45,6 @@ struct Variant {
   bool (*usable)();                        // baseline code: asks the CPU and the operating system
   bool (*permit)();                        // asks the system for the registers, when a library is opened
   int32_t element_bytes;                   // of an activation: 2 or 4
-  int32_t tile_tokens;                     // most tokens of a tile
-  int32_t quad_tokens;                     // up to so many tokens a task's blocks are taken four at a time; 0: never
-  int32_t rows_from;                       // from so many tokens on activations lie row by row; 0: never
   void (*run)(const Task&);
   double (*burn)(int64_t steps);           // keeps the multiply units busy; returns the floating-point operations done
   void (*read)(const void*, int64_t);      // reads so many bytes
@@ -61,6 +53,14 @@ struct Variant {
 }  // namespace fdl
 
 namespace {  // internal linkage: this header is compiled for every instruction set
+
+// Elements of a row of activations, with the zeros behind it.
+constexpr int64_t row_inputs(int64_t inputs) { return (inputs + fdl::kTileInputs - 1) / fdl::kTileInputs * fdl::kTileInputs; }
+
+// From one row to the next: an odd number of cache lines, so that a tile's rows never share a cache set.
+constexpr int64_t row_bytes(int64_t inputs, int64_t element_bytes) {
+  return (row_inputs(inputs) * element_bytes / 64 | 1) * 64;
+}
 
 // How tokens part into tiles: as few as possible, none more than one token larger than another.
 struct Tiles {
