@@ -86,9 +86,7 @@ inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pai
       for (int line = 0; line < kFetch; ++line) __builtin_prefetch(fetch.at + 64 * line, 0, 2);
       if (kFetch) fetch.at += 64 * kFetch;
       multiply<Isa, kStride, 0>(acc, x, w);
-      if constexpr (Isa::kSteps == 2) {
-        multiply<Isa, kStride, 1>(acc, x, w);
-      }
+      if constexpr (Isa::kSteps == 2) multiply<Isa, kStride, 1>(acc, x, w);
     }
   }
 #pragma GCC unroll 16
@@ -99,7 +97,7 @@ inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pai
   }
 }
 
-// Of several passes each has at least so many tokens: Tiles makes them equal.
+// Of several passes each has at least so many tokens: Parts makes them equal.
 template <class Tile>
 constexpr int kLeastTokens = (Tile::kTokens + 1) / 2;
 
@@ -191,18 +189,20 @@ inline void run_block(const fdl::Task& task, const uint32_t* next) {
   using Element = typename Isa::Element;
   constexpr bool kGateUp = kPhase == fdl::Phase::gate_up;
   constexpr int64_t kStride = kGateUp ? kInputStride<Isa> : kMiddleStride<Isa>;
-  const Tiles tiles(task.tokens, Tile::kTokens);
-  const int64_t passes = tiles.count * fdl::kLanes / (Isa::kLanes * Tile::vectors(static_cast<int>(tiles.most())));
-  const int64_t step = passes == 1 ? task.pairs : Tile::kDepthPairs;
-  for (int64_t first = 0; first < task.pairs; first += step) {
-    const bool last = first + step >= task.pairs;
+  const Parts tiles(task.tokens, Tile::kTokens);
+  const int64_t passes = tiles.count * fdl::kLanes / (Isa::kLanes * Tile::vectors(static_cast<int>(tiles.largest())));
+  // Equal ones: as long as a block, so long takes what is fetched meanwhile.
+  const Parts depths(task.pairs, passes == 1 ? task.pairs : Tile::kDepthPairs);
+  for (int64_t d = 0; d < depths.count; ++d) {
+    const int64_t first = depths.first(d);
+    const bool last = d + 1 == depths.count;
     Block block{};
     block.weights = task.weights + first * fdl::kLanes;
-    block.pairs = last ? task.pairs - first : step;
+    block.pairs = depths.size(d);
     block.passes = passes;
-    block.next = last ? next : block.weights + step * fdl::kLanes;
+    block.next = last ? next : block.weights + block.pairs * fdl::kLanes;
     for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t token = tiles.first(t), tokens = tiles.tokens(t);
+      const int64_t token = tiles.first(t), tokens = tiles.size(t);
       const Element* x = static_cast<const Element*>(task.activations) + token * kStride + 2 * first;
       float* sums = task.sums + token * fdl::kLanes;
       if (!kGateUp && last) {  // memory lets go of a line about as fast as a tile is computed

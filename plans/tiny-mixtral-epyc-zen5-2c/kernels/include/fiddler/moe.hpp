@@ -184,10 +184,10 @@ class MoeLayer {
       if (!call.experts[id]) return false;
       const bool split = call.strategy && call.strategy[id] == FDL_SPLIT;
       const int64_t first_block = split ? call.split_rows / kGateLanes : 0;
-      const Tiles units(rows, kUnitTokens);
+      const Parts units(rows, kUnitTokens);
       for (int64_t i = 0; i < units.count; ++i) {
         units_[count_++] = {reinterpret_cast<const uint32_t*>(call.experts[id]), rows_ + units.first(i),
-                            units.tokens(i), first_block};
+                            units.size(i), first_block};
       }
       counts_[id] = static_cast<int32_t>(rows_);  // from here on: the expert's next row
       rows_ += rows;

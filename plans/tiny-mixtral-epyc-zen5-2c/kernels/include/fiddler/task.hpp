@@ -62,13 +62,13 @@ constexpr int64_t row_bytes(int64_t inputs, int64_t element_bytes) {
   return (row_inputs(inputs) * element_bytes / 64 | 1) * 64;
 }
 
-// How tokens part into tiles: as few as possible, none more than one token larger than another.
-struct Tiles {
-  Tiles(int64_t tokens, int64_t most)
-      : count((tokens + most - 1) / most), least(count ? tokens / count : 0), larger(count ? tokens % count : 0) {}
-  int64_t first(int64_t tile) const { return tile * least + (tile < larger ? tile : larger); }
-  int64_t tokens(int64_t tile) const { return least + (tile < larger); }
-  int64_t most() const { return least + (larger > 0); }
+// Parts of something: as few as possible, none larger than `most` or more than one larger than another.
+struct Parts {
+  Parts(int64_t total, int64_t most)
+      : count((total + most - 1) / most), least(count ? total / count : 0), larger(count ? total % count : 0) {}
+  int64_t first(int64_t part) const { return part * least + (part < larger ? part : larger); }
+  int64_t size(int64_t part) const { return least + (part < larger); }
+  int64_t largest() const { return least + (larger > 0); }
 
   int64_t count, least, larger;
 };
