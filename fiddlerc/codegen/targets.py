@@ -13,8 +13,8 @@ class Target:
     check           the function of cpu.hpp that asks whether it may run
     flags           the compiler flags of its file, and of no other
     element_bytes   of an activation: 2 (bf16) or 4 (fp32)
-    tiles_from       so many tokens of an expert and more are multiplied as tiles, fewer as vectors, and the numbers below
-                    are of these. 0: all are vectors
+    tiles_from      so many tokens of an expert and more are multiplied as tiles, fewer as vectors, and the numbers
+                    below are of these. 0: all are vectors
     permit          the function of cpu.hpp or amx_permission.hpp that asks the system for the registers, on opening
     includes        further headers that its own needs and others do not
     functions       what the names of its functions run, burn in the header end with
@@ -135,8 +135,8 @@ TARGETS: dict[str, Target] = {
     )
 }
 
-# Up to 6 tokens memory is the limit of the AVX-512 kernel by far, which is then what runs; tiles take a sixteenth of the
-# multiplications.
+# Up to 6 tokens memory is the limit of the AVX-512 kernel by far, which is then what runs; tiles take a sixteenth of
+# the multiplications.
 TARGETS["amx_bf16"] = replace(
     TARGETS["avx512_bf16"],
     isa="amx_bf16",
