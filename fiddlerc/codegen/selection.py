@@ -167,20 +167,29 @@ def row_slots(target: Target, blocking: Blocking, tokens: int) -> float:
     """Slots for one packed row and so many tokens of an expert, the memory's time included."""
     if 0 < target.tiles_from <= tokens:
         return _tile_row_slots(blocking, tokens)
-    count = -(-tokens // blocking.tile_tokens)
-    sizes = [tokens // count + (index < tokens % count) for index in range(count)]
     row_vectors = ROW_LANES // target.lanes
-    columns = row_vectors // _vectors(blocking, sizes[0])
-    compute = sum(slots(target, size, _vectors(blocking, size)) for size in sizes) * columns
-    if count * columns == 1:
+    sizes = _tile_sizes(blocking, tokens, row_vectors)
+    columns = [row_vectors // _vectors(blocking, size) for size in sizes]
+    compute = sum(slots(target, m, _vectors(blocking, m)) * n for m, n in zip(sizes, columns, strict=True))
+    if sum(columns) == 1:
         if tokens >= blocking.fetch_tokens:
             return max(_MEMORY_SLOTS * _FETCH_COST, compute)
         reach = _WINDOW / _ROWS_IN_FLIGHT / _instructions(target, tokens, row_vectors)
         return max(_MEMORY_SLOTS * max(1.0, 1.0 / reach), compute)
     # Several passes: a block's sums are loaded and stored once each, while the next block is fetched.
-    compute = max(compute, count * row_vectors * _VECTOR_FROM_L2_SLOTS)
-    moved = sum(2.0 * size * row_vectors for size in sizes) + _PASS_SLOTS * count * columns
+    compute = max(compute, len(sizes) * row_vectors * _VECTOR_FROM_L2_SLOTS)
+    moved = 2.0 * tokens * row_vectors + _PASS_SLOTS * sum(columns)
     return max(_MEMORY_SLOTS, compute + moved / (blocking.k_block / 2))
+
+
+def _tile_sizes(blocking: Blocking, tokens: int, row_vectors: int) -> list[int]:
+    """Tokens of each register tile: Parts of task.hpp, with kLastTokens of kernel.hpp."""
+    count = -(-tokens // blocking.tile_tokens)
+    least = -(-blocking.tile_tokens // 2)
+    takes_row = _vectors(blocking, least) == row_vectors > blocking.tile_vectors
+    last = [least] if count > 1 and takes_row and tokens - least <= (count - 1) * blocking.tile_tokens else []
+    equal, rest = count - len(last), tokens - sum(last)
+    return [rest // equal + (index < rest % equal) for index in range(equal)] + last
 
 
 def _tile_row_slots(blocking: Blocking, tokens: int) -> float:

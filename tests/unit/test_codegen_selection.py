@@ -32,9 +32,9 @@ CHOICES = {
     ("avx512f", "desktop"): Blocking(14, 2, (), 256, 1, 8192),
     ("amx_bf16", "zen4"): Blocking(32, 2, (), 1024, 3, 8192),
     ("amx_bf16", "sapphire"): Blocking(32, 2, (), 2048, 3, 8192),
-    ("avx2", "zen4"): Blocking(5, 2, (NarrowTile(2, 4),), 512, 1, 8192),
-    ("avx2", "sapphire"): Blocking(5, 2, (NarrowTile(2, 4),), 1024, 1, 8192),
-    ("avx2", "desktop"): Blocking(5, 2, (NarrowTile(2, 4),), 256, 1, 8192),
+    ("avx2", "zen4"): Blocking(6, 2, (NarrowTile(3, 4),), 512, 1, 8192),
+    ("avx2", "sapphire"): Blocking(6, 2, (NarrowTile(3, 4),), 1024, 1, 8192),
+    ("avx2", "desktop"): Blocking(6, 2, (NarrowTile(3, 4),), 256, 1, 8192),
 }
 
 
@@ -88,6 +88,16 @@ def test_more_tokens_never_cost_less(isa: str) -> None:
     # Two half tiles may take longer than one that is full; from tile to tile it grows.
     whole = costs[cut.tile_tokens - 1 :: cut.tile_tokens]
     assert whole == sorted(whole)
+
+
+@pytest.mark.parametrize("isa", KNOWN_ISAS)
+def test_tiles_hold_all_tokens_and_none_is_small(isa: str) -> None:
+    cut = selection.select(TARGETS[isa], MIXTRAL, ZEN4).blocking
+    for tokens in range(1, 253):
+        sizes = selection._tile_sizes(cut, tokens, selection.ROW_LANES // TARGETS[isa].lanes)
+        assert sum(sizes) == tokens and max(sizes) <= cut.tile_tokens
+        assert len(sizes) == 1 or min(sizes) >= cut.tile_tokens // 2
+    assert isa != "avx2" or selection._tile_sizes(cut, 8, 4) == [5, 3]
 
 
 def test_tiles_begin_where_memory_is_still_the_limit_of_vectors() -> None:

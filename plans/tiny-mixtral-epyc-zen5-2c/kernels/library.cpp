@@ -8,12 +8,12 @@ void fdl_bf16_moe_h128_i256_m14n2__avx512bf16_read(const void*, int64_t);
 void fdl_bf16_moe_h128_i256_m14n2__avx512f(const fdl::Task&);
 double fdl_bf16_moe_h128_i256_m14n2__avx512f_burn(int64_t);
 void fdl_bf16_moe_h128_i256_m14n2__avx512f_read(const void*, int64_t);
-void fdl_bf16_moe_h128_i256_m5n2__avx2(const fdl::Task&);
-double fdl_bf16_moe_h128_i256_m5n2__avx2_burn(int64_t);
-void fdl_bf16_moe_h128_i256_m5n2__avx2_read(const void*, int64_t);
-void fdl_bf16_moe_h128_i256_m5n2__scalar(const fdl::Task&);
-double fdl_bf16_moe_h128_i256_m5n2__scalar_burn(int64_t);
-void fdl_bf16_moe_h128_i256_m5n2__scalar_read(const void*, int64_t);
+void fdl_bf16_moe_h128_i256_m6n2__avx2(const fdl::Task&);
+double fdl_bf16_moe_h128_i256_m6n2__avx2_burn(int64_t);
+void fdl_bf16_moe_h128_i256_m6n2__avx2_read(const void*, int64_t);
+void fdl_bf16_moe_h128_i256_m2n4__scalar(const fdl::Task&);
+double fdl_bf16_moe_h128_i256_m2n4__scalar_burn(int64_t);
+void fdl_bf16_moe_h128_i256_m2n4__scalar_read(const void*, int64_t);
 void fdl_bf16_moe_h128_i256_m32n2__amxbf16(const fdl::Task&);
 double fdl_bf16_moe_h128_i256_m32n2__amxbf16_burn(int64_t);
 void fdl_bf16_moe_h128_i256_m32n2__amxbf16_read(const void*, int64_t);
@@ -30,14 +30,14 @@ const Variant kVariants[] = {
      fdl_bf16_moe_h128_i256_m14n2__avx512f,
      fdl_bf16_moe_h128_i256_m14n2__avx512f_burn,
      fdl_bf16_moe_h128_i256_m14n2__avx512f_read},
-    {"avx2", "fdl_bf16_moe_h128_i256_m5n2__avx2", has_avx2, always, 4,
-     fdl_bf16_moe_h128_i256_m5n2__avx2,
-     fdl_bf16_moe_h128_i256_m5n2__avx2_burn,
-     fdl_bf16_moe_h128_i256_m5n2__avx2_read},
-    {"scalar", "fdl_bf16_moe_h128_i256_m5n2__scalar", always, always, 4,
-     fdl_bf16_moe_h128_i256_m5n2__scalar,
-     fdl_bf16_moe_h128_i256_m5n2__scalar_burn,
-     fdl_bf16_moe_h128_i256_m5n2__scalar_read},
+    {"avx2", "fdl_bf16_moe_h128_i256_m6n2__avx2", has_avx2, always, 4,
+     fdl_bf16_moe_h128_i256_m6n2__avx2,
+     fdl_bf16_moe_h128_i256_m6n2__avx2_burn,
+     fdl_bf16_moe_h128_i256_m6n2__avx2_read},
+    {"scalar", "fdl_bf16_moe_h128_i256_m2n4__scalar", always, always, 4,
+     fdl_bf16_moe_h128_i256_m2n4__scalar,
+     fdl_bf16_moe_h128_i256_m2n4__scalar_burn,
+     fdl_bf16_moe_h128_i256_m2n4__scalar_read},
     {"amx_bf16", "fdl_bf16_moe_h128_i256_m32n2__amxbf16", has_amx_bf16, permit_tiles, 2,
      fdl_bf16_moe_h128_i256_m32n2__amxbf16,
      fdl_bf16_moe_h128_i256_m32n2__amxbf16_burn,
@@ -45,6 +45,6 @@ const Variant kVariants[] = {
 };
 const int kVariantCount = 5;
 const char kDescription[] =
-    R"({"name": "fdl_bf16_moe_h128_i256", "hidden_size": 128, "intermediate_size": 256, "activation": "silu", "bias": false, "isas": ["avx512_bf16", "avx512f", "avx2", "scalar", "amx_bf16"], "symbols": ["fdl_bf16_moe_h128_i256_m14n2__avx512bf16", "fdl_bf16_moe_h128_i256_m14n2__avx512f", "fdl_bf16_moe_h128_i256_m5n2__avx2", "fdl_bf16_moe_h128_i256_m5n2__scalar", "fdl_bf16_moe_h128_i256_m32n2__amxbf16"]})";
+    R"({"name": "fdl_bf16_moe_h128_i256", "hidden_size": 128, "intermediate_size": 256, "activation": "silu", "bias": false, "isas": ["avx512_bf16", "avx512f", "avx2", "scalar", "amx_bf16"], "symbols": ["fdl_bf16_moe_h128_i256_m14n2__avx512bf16", "fdl_bf16_moe_h128_i256_m14n2__avx512f", "fdl_bf16_moe_h128_i256_m6n2__avx2", "fdl_bf16_moe_h128_i256_m2n4__scalar", "fdl_bf16_moe_h128_i256_m32n2__amxbf16"]})";
 
 }  // namespace fdl

@@ -32,7 +32,8 @@ struct Avx512f {
     return inputs;
   }
   static inline Vector multiply_add(Vector sum, Weights weights, Inputs inputs) {
-    return _mm512_fmadd_ps(weights, inputs, sum);
+    asm volatile("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs));
+    return sum;
   }
 };
 

@@ -62,15 +62,21 @@ constexpr int64_t row_bytes(int64_t inputs, int64_t element_bytes) {
   return (row_inputs(inputs) * element_bytes / 64 | 1) * 64;
 }
 
-// Parts of something: as few as possible, none larger than `most` or more than one larger than another.
+// Parts of something: as few as possible, none larger than `most` or more than one larger than another. Given `last`, the
+// last part is that, if the others can be so few all the same.
 struct Parts {
-  Parts(int64_t total, int64_t most)
-      : count((total + most - 1) / most), least(count ? total / count : 0), larger(count ? total % count : 0) {}
+  Parts(int64_t total, int64_t most, int64_t last = 0) : count((total + most - 1) / most), last(0) {
+    if (count > 1 && total - last <= (count - 1) * most) this->last = last;
+    const int64_t equal = equal_count();
+    least = equal ? (total - this->last) / equal : 0;
+    larger = equal ? (total - this->last) % equal : 0;
+  }
+  int64_t equal_count() const { return count - (last > 0); }
   int64_t first(int64_t part) const { return part * least + (part < larger ? part : larger); }
-  int64_t size(int64_t part) const { return least + (part < larger); }
+  int64_t size(int64_t part) const { return part < equal_count() ? least + (part < larger) : last; }
   int64_t largest() const { return least + (larger > 0); }
 
-  int64_t count, least, larger;
+  int64_t count, last, least, larger;
 };
 
 }  // namespace

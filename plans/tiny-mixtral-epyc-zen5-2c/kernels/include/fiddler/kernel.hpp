@@ -49,35 +49,48 @@ struct Fetch {
   const char* then;
 };
 
-// One step of a pair of inputs. A step holds its own weights alone: the registers are the sums'.
+// One step of a pair of inputs. A step holds its own weights alone, or, if that is less, its own inputs: the registers are
+// the sums'.
 template <class Isa, int64_t kStride, int kStep, int M, int N>
 [[gnu::always_inline]] inline void multiply(typename Isa::Vector (&acc)[M][N], const typename Isa::Element* x,
                                             const uint32_t* w) {
-  typename Isa::Weights weights[N];
+  if constexpr (M < N) {
+    typename Isa::Inputs inputs[M];
 #pragma GCC unroll 16
-  for (int n = 0; n < N; ++n) weights[n] = Isa::template load<kStep>(w + n * Isa::kLanes);
+    for (int m = 0; m < M; ++m) inputs[m] = Isa::template broadcast<kStep>(x + m * kStride);
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    const typename Isa::Inputs inputs = Isa::template broadcast<kStep>(x + m * kStride);
+    for (int n = 0; n < N; ++n) {
+      const typename Isa::Weights weights = Isa::template load<kStep>(w + n * Isa::kLanes);
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) acc[m][n] = Isa::multiply_add(acc[m][n], weights[n], inputs);
+      for (int m = 0; m < M; ++m) acc[m][n] = Isa::multiply_add(acc[m][n], weights, inputs[m]);
+    }
+  } else {
+    typename Isa::Weights weights[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) weights[n] = Isa::template load<kStep>(w + n * Isa::kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const typename Isa::Inputs inputs = Isa::template broadcast<kStep>(x + m * kStride);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) acc[m][n] = Isa::multiply_add(acc[m][n], weights[n], inputs);
+    }
   }
 }
 
 // Sums of M tokens' rows by N vectors of a block's rows, added to `from` if that is given; all sums in registers. The tokens
 // lie kStride elements apart, a constant, so that one register holds all their addresses. Fetches `kFetch` cache lines a pair.
 template <class Isa, int64_t kStride, int M, int N, int kFetch>
-inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs, const float* from, float* to,
-                  Fetch fetch) {
+[[gnu::always_inline]] inline void sum_strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs,
+                                             const float* from, float* to, Fetch fetch) {
   using Vector = typename Isa::Vector;
+  // Sums in memory. Not memcpy, which takes the address of a sum: GCC 12 then keeps some on the stack.
+  typedef Vector Stored __attribute__((aligned(4), may_alias));
   Vector acc[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      acc[m][n] = Vector{};
-      if (from) __builtin_memcpy(&acc[m][n], from + m * fdl::kLanes + n * Isa::kLanes, sizeof(Vector));
-    }
+    for (int n = 0; n < N; ++n)
+      acc[m][n] = from ? *reinterpret_cast<const Stored*>(from + m * fdl::kLanes + n * Isa::kLanes) : Vector{};
   }
   int64_t p = 0, end = kFetch ? fetch.pairs : pairs;
   for (int part = 0; part < 1 + (kFetch > 1); ++part, end = pairs, fetch.at = fetch.then) {
@@ -93,13 +106,37 @@ inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pai
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n)
-      __builtin_memcpy(to + m * fdl::kLanes + n * Isa::kLanes, &acc[m][n], sizeof(Vector));
+      *reinterpret_cast<Stored*>(to + m * fdl::kLanes + n * Isa::kLanes) = acc[m][n];
   }
 }
 
-// Of several passes each has at least so many tokens: Parts makes them equal.
+// The same as a function of its own: where two steps share the registers, GCC 12 keeps sums on the stack if it is inlined.
+template <class Isa, int64_t kStride, int M, int N, int kFetch>
+[[gnu::noinline]] void sum_strip_apart(const typename Isa::Element* x, const uint32_t* w, int64_t pairs,
+                                       const float* from, float* to, Fetch fetch) {
+  sum_strip<Isa, kStride, M, N, kFetch>(x, w, pairs, from, to, fetch);
+}
+
+template <class Isa, int64_t kStride, int M, int N, int kFetch>
+inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs, const float* from, float* to,
+                  Fetch fetch) {
+  if constexpr (Isa::kSteps == 2)
+    sum_strip_apart<Isa, kStride, M, N, kFetch>(x, w, pairs, from, to, fetch);
+  else
+    sum_strip<Isa, kStride, M, N, kFetch>(x, w, pairs, from, to, fetch);
+}
+
+// Of several tiles each has at least so many tokens: Parts makes them equal.
 template <class Tile>
 constexpr int kLeastTokens = (Tile::kTokens + 1) / 2;
+
+// So many tokens for the last of several, where that is a tile of all of a row's vectors and larger ones are not: it takes
+// one pass, with as many sums. Two tiles of AVX2 with 8 tokens are 5 x 2 and 3 x 4 then, not 4 x 2 twice.
+template <class Isa, class Tile>
+constexpr int kLastTokens = Tile::vectors(kLeastTokens<Tile>) * Isa::kLanes == fdl::kLanes &&
+                                    Tile::vectors(Tile::kTokens) * Isa::kLanes < fdl::kLanes
+                                ? kLeastTokens<Tile>
+                                : 0;
 
 template <class Isa, class Tile, int64_t kStride, int M = Tile::kTokens>
 inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, const float* from, float* to) {
@@ -130,7 +167,6 @@ inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, c
 
 // The same task from a later block on.
 inline fdl::Task from_block(fdl::Task task, int64_t block) {
-  task.blocks -= block;
   task.weights += block * task.weight_stride;
   if (task.bias) task.bias += block * fdl::kLanes;
   task.result_column += block * fdl::kLanes;
@@ -189,7 +225,7 @@ inline void run_block(const fdl::Task& task, const uint32_t* next) {
   using Element = typename Isa::Element;
   constexpr bool kGateUp = kPhase == fdl::Phase::gate_up;
   constexpr int64_t kStride = kGateUp ? kInputStride<Isa> : kMiddleStride<Isa>;
-  const Parts tiles(task.tokens, Tile::kTokens);
+  const Parts tiles(task.tokens, Tile::kTokens, kLastTokens<Isa, Tile>);
   const int64_t passes = tiles.count * fdl::kLanes / (Isa::kLanes * Tile::vectors(static_cast<int>(tiles.largest())));
   // Equal ones: as long as a block, so long takes what is fetched meanwhile.
   const Parts depths(task.pairs, passes == 1 ? task.pairs : Tile::kDepthPairs);
