@@ -98,11 +98,11 @@ def load(
             module.engine = engine
     model.register_forward_pre_hook(_note_phase, with_kwargs=True)
     model.fiddler = engine
-    model.captured = _capture(model, engine) if capture else None
+    model.captured = capture_steps(model, engine) if capture else None
     return model
 
 
-def _capture(model: Any, engine: Engine) -> CapturedForward | None:
+def capture_steps(model: Any, engine: Engine) -> CapturedForward | None:
     """Has decode steps captured from now on. Warns (FiddlerWarning) and returns None where nothing can be."""
     try:
         with engine.captured():

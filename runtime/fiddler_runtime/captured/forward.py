@@ -36,6 +36,7 @@ class CapturedForward:
     """
 
     def __init__(self, model: Any, engine: Engine) -> None:
+        self._model = model
         self._forward = model.forward
         self._engine = engine
         self._captured: dict[_Key, _Step] = {}
@@ -75,6 +76,10 @@ class CapturedForward:
             # What the step left behind is not known: this text ends here, and the next one takes the plain path.
             self._broken = error.line
             raise
+
+    def undo(self) -> None:
+        """The model's own forward again; after the last step."""
+        del self._model.forward
 
     def _replay(self, step: _Step, call: _Call) -> Any:
         self._captured[call.key] = step  # now the most recently used

@@ -18,6 +18,7 @@ import torch
 
 import fiddler_runtime
 from fiddler_runtime import hf
+from fiddler_runtime.captured.forward import CapturedForward
 from fiddler_runtime.errors import FiddlerError, FiddlerWarning
 from fiddler_runtime.machine import AcceleratorKind, cpu_lane_threads, this_machine, usable_cores
 from fiddler_runtime.plan import Options, Plan
@@ -126,22 +127,30 @@ def _measure(
             others = {name: values for name, values in record.checks.items() if name != contender.name}
             measure.compare(contender.name, found, others, model.spec)
             record.checks[contender.name] = found
-            replay = None if trace is None or trace.experts is None else Replay(trace.experts, model.spec)
-            measure.attach(whole, experts, replay)
-            _begin(replay, measure.WARM_UP)
-            measure.generate(whole, ids, measure.WARM_UP, lambda *_: None)
-            for configuration in missing:
-                if configuration.scenario == "prefill":  # one step alone: not the first of its size
-                    _begin(replay, configuration)
-                    measure.generate(whole, ids, configuration, lambda *_: None)
-                _one(whole, experts, ids, configuration, contender.name, record, replay)
+            replay = None
+            if trace is not None and trace.experts is not None:
+                replay = Replay(trace.experts, model.spec, whole.device)
+            with measure.attached(whole, experts, replay, capture=contender.capture):
+                _begin(replay, measure.WARM_UP)
+                measure.generate(whole, ids, measure.WARM_UP, lambda *_: None)
+                if contender.capture and not _captures(whole.captured):
+                    _say(f"without {contender.name}: not a step was replayed, as the warnings say")
+                    continue
+                for configuration in missing:
+                    if configuration.scenario == "prefill":  # one step alone: not the first of its size
+                        _begin(replay, configuration)
+                        measure.generate(whole, ids, configuration, lambda *_: None)
+                    _one(whole, experts, ids, configuration, contender.name, record, replay)
         finally:
-            measure.attach(whole, None, None)
             experts.close()
             del experts
             gc.collect()
             if machine.kind == "cuda":
                 torch.cuda.empty_cache()
+
+
+def _captures(captured: CapturedForward | None) -> bool:
+    return captured is not None and captured.steps["replayed"] > 0
 
 
 def _begin(replay: Replay | None, configuration: Configuration) -> None:
@@ -242,8 +251,8 @@ def _measured_rest(model: Model, plan: Plan, machine: Machine, path: Path) -> bo
     whole.fiddler = CONTENDERS[0].open(model, on_both_sides(plan), machine, _Progress("ours"))
     noting = whole.register_forward_pre_hook(hf._note_phase, with_kwargs=True)
     try:
-        measure.attach(whole, whole.fiddler, None)
-        steps = measure_rest_of(whole, plan, progress=_Progress(""))
+        with measure.attached(whole, whole.fiddler, None):
+            steps = measure_rest_of(whole, plan, progress=_Progress(""))
     finally:
         noting.remove()
         whole.fiddler.close()

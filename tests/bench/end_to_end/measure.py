@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,29 @@ class Clock:
         return scores
 
 
-def attach(model: Any, experts: Any, replay: Replay | None) -> None:
-    """Lets every layer's experts be computed by `experts`, which has moe() as an Engine."""
+@contextmanager
+def attached(model: Any, experts: Any, replay: Replay | None, *, capture: bool = False) -> Iterator[None]:
+    """Every layer's experts are computed by `experts`, which has moe() as an Engine.
+
+    capture: decode steps are captured, with an Engine for experts. Warns (FiddlerWarning) where they cannot be.
+    """
     for module in model.modules():
         if isinstance(module, hf.PlannedExperts):
             module.engine = Routed(experts, replay)
+    begins = None
+    if replay is not None:
+        begins = model.register_forward_pre_hook(
+            lambda _, args, kwargs: replay.step((args[0] if args else kwargs["input_ids"]).numel()), with_kwargs=True
+        )
+    model.captured = hf.capture_steps(model, experts) if capture else None
+    try:
+        yield
+    finally:
+        if model.captured is not None:
+            model.captured.undo()
+            model.captured = None
+        if begins is not None:
+            begins.remove()
 
 
 def generate(model: Any, ids: torch.Tensor, wanted: Configuration, on_token: OnToken, after: Sequence[int] = ()) -> Any:
@@ -70,10 +89,9 @@ def generate(model: Any, ids: torch.Tensor, wanted: Configuration, on_token: OnT
 def logits(model: Any, experts: Any, ids: torch.Tensor, spec: ModelSpec) -> list[float]:
     """Some logits of a fixed prompt. Which experts compute it is fixed too, so that rounding tips no choice."""
     tokens = ids[:, :CHECK_TOKENS].to(model.device)
-    replay = Replay(drawn(tokens.shape[1], spec), spec)
+    replay = Replay(drawn(tokens.shape[1], spec), spec, model.device)
     replay.begin(tokens.shape[1], 1)
-    attach(model, experts, replay)
-    with torch.no_grad():
+    with torch.no_grad(), attached(model, experts, replay):
         found = model(tokens, use_cache=False).logits[0].float().cpu()
     rows = np.linspace(0, found.shape[0] - 1, _CHECK_ROWS).astype(int)
     columns = np.linspace(0, found.shape[1] - 1, _CHECK_COLUMNS).astype(int)

@@ -46,6 +46,7 @@ class Contender:
     open    (model, plan, machine, progress) -> what has moe(), counters(), reset_counters() and close() as an Engine
     policy  its simulation
     host    (spec, residents) -> bytes of experts in host memory;  device: on the accelerator
+    capture decode steps are captured
     """
 
     name: str
@@ -55,6 +56,7 @@ class Contender:
     host: Callable[[ModelSpec, int], int]
     device: Callable[[ModelSpec, int], int]
     needs_accelerator: bool = True
+    capture: bool = False
 
 
 def _engine(model: Model, plan: Plan, machine: Machine, progress: Progress | None, **options: Any) -> Engine:
@@ -133,6 +135,15 @@ def _staged(spec: ModelSpec, residents: int) -> int:
 CONTENDERS: tuple[Contender, ...] = (
     Contender(
         "ours", "this project: dispatch by makespan", _ours, Ours(), _packed_misses, _staged, needs_accelerator=False
+    ),
+    Contender(
+        "captured",
+        "the same, decode steps captured, in which nothing is streamed",
+        _ours,
+        Ours(),
+        _packed_misses,
+        _staged,
+        capture=True,
     ),
     Contender("fiddler", "Fiddler's Algorithm 1, our kernels and lanes", _fiddler, Fiddler(), _packed_misses, _staged),
     Contender(
