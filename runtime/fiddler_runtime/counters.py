@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -11,28 +12,39 @@ import numpy.typing as npt
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 STRATEGIES = ("resident", "streamed", "cpu", "split")
+Pair = Sequence[float]
+"""Microseconds of the CPU lane and of the accelerator."""
 _CODES = len(STRATEGIES) + 1  # enum fdl_strategy; 0 is idle
 _MOST_DECISIONS = 256
 """Different decisions kept apart; a model with many experts has more, and the rare ones are not told."""
 
 
 @dataclass
-class _Lanes:
-    """Sums over layers: each lane's predicted and actual time, and the layers in which it had work."""
+class _Lane:
+    """Sums over the layers in which a lane had work: its predicted and its actual time."""
 
-    layers: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))
-    predicted_us: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
-    actual_us: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
+    layers: int = 0
+    predicted_us: float = 0.0
+    actual_us: float = 0.0
+
+    def add(self, predicted_us: float, actual_us: float) -> None:
+        self.layers += predicted_us > 0
+        self.predicted_us += predicted_us
+        self.actual_us += actual_us
+
+
+class _Lanes:
+    """Both."""
+
+    def __init__(self) -> None:
+        self.cpu, self.accelerator = _Lane(), _Lane()
+
+    def add(self, predicted_us: Pair, actual_us: Pair) -> None:
+        self.cpu.add(predicted_us[0], actual_us[0])
+        self.accelerator.add(predicted_us[1], actual_us[1])
 
     def snapshot(self) -> dict[str, Any]:
-        return {
-            lane: {
-                "layers": int(self.layers[i]),
-                "predicted_us": float(self.predicted_us[i]),
-                "actual_us": float(self.actual_us[i]),
-            }
-            for i, lane in enumerate(("cpu", "accelerator"))
-        }
+        return {"cpu": asdict(self.cpu), "accelerator": asdict(self.accelerator)}
 
 
 class _Phase:
@@ -41,15 +53,15 @@ class _Phase:
     def __init__(self) -> None:
         self.layers = 0
         # By enum fdl_strategy.
-        self.calls = np.zeros(_CODES)
+        self.calls = [0] * _CODES
         self.tokens = np.zeros(_CODES)
         self.lanes = _Lanes()
-        self.makespan_us = np.zeros(2)
+        self.makespan = {"predicted_us": 0.0, "actual_us": 0.0}
         self.decisions: dict[tuple[int, ...], tuple[int, _Lanes]] = {}
 
 
 class Counters:
-    """Sums since the last reset."""
+    """Sums since the last reset. Of plain numbers: numpy takes some microseconds a layer for two of them."""
 
     def __init__(self) -> None:
         self.reset()
@@ -64,11 +76,11 @@ class Counters:
     def add(
         self,
         phase: Phase,
-        calls: npt.NDArray[np.intp],
+        calls: Sequence[int],
         strategy: npt.NDArray[np.uint8],
         counts: npt.NDArray[np.int32],
-        predicted_us: npt.NDArray[np.float32],
-        actual_us: tuple[float, float],
+        predicted_us: Pair,
+        actual_us: Pair,
         layer_us: float,
     ) -> None:
         """Notes a layer.
@@ -78,19 +90,18 @@ class Counters:
         """
         sums = self._phases[phase]
         sums.layers += 1
-        sums.calls += calls
-        sums.tokens += np.bincount(strategy, weights=counts, minlength=_CODES)
-        key = tuple(calls[1:].tolist())
+        sums.calls = [before + more for before, more in zip(sums.calls, calls, strict=True)]
+        sums.tokens += np.bincount(strategy, counts, _CODES)
+        key = tuple(calls[1:])
         seen, lanes = sums.decisions.get(key, (0, None))
         if lanes is None:
             lanes = _Lanes()
         if seen or len(sums.decisions) < _MOST_DECISIONS:
             sums.decisions[key] = (seen + 1, lanes)
-        for part in (sums.lanes, lanes):
-            part.layers += predicted_us > 0
-            part.predicted_us += predicted_us
-            part.actual_us += actual_us
-        sums.makespan_us += max(predicted_us), max(actual_us)
+        sums.lanes.add(predicted_us, actual_us)
+        lanes.add(predicted_us, actual_us)
+        sums.makespan["predicted_us"] += max(predicted_us)
+        sums.makespan["actual_us"] += max(actual_us)
         self._layer_us += layer_us
 
     def snapshot(self) -> dict[str, Any]:
@@ -107,21 +118,22 @@ class Counters:
         prefetched, prefetch_used    experts fetched ahead for the next layer, and those that it then wanted
         """
         every = list(self._phases.values())
-        lanes = _Lanes(
-            *(sum(getattr(p.lanes, name) for p in every) for name in ("layers", "predicted_us", "actual_us"))
-        )
+        lanes = [phase.lanes.snapshot() for phase in every]
         return {
             "layers": sum(phase.layers for phase in every),
-            "expert_calls": _named(sum((phase.calls for phase in every), np.zeros(_CODES))),
+            "expert_calls": _named([sum(calls) for calls in zip(*(phase.calls for phase in every), strict=True)]),
             "expert_tokens": _named(sum((phase.tokens for phase in every), np.zeros(_CODES))),
-            "lanes": lanes.snapshot(),
+            "lanes": {
+                lane: {name: sum(part[lane][name] for part in lanes) for name in sums}
+                for lane, sums in lanes[0].items()
+            },
             "phases": {
                 name: {
                     "layers": phase.layers,
                     "expert_calls": _named(phase.calls),
                     "expert_tokens": _named(phase.tokens),
                     "lanes": phase.lanes.snapshot(),
-                    "makespan": dict(zip(("predicted_us", "actual_us"), phase.makespan_us.tolist(), strict=True)),
+                    "makespan": dict(phase.makespan),
                     "decisions": _most_common(phase.decisions),
                 }
                 for name, phase in self._phases.items()
@@ -140,5 +152,5 @@ def _most_common(decisions: dict[tuple[int, ...], tuple[int, _Lanes]]) -> list[d
     ]
 
 
-def _named(sums: npt.NDArray[np.float64]) -> dict[str, int]:
+def _named(sums: Sequence[int] | npt.NDArray[np.float64]) -> dict[str, int]:
     return {name: int(sums[code]) for code, name in enumerate(STRATEGIES, start=1)}

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from . import strategies as rules
 from .ahead import Ahead
 from .captured.layers import CapturedLayers
 from .captured.native import NativeStep
-from .counters import PHASES, Counters, Phase
+from .counters import PHASES, Counters, Pair, Phase
 from .dispatch import Dispatcher
 from .drift import LANES, Drift, Setup
 from .errors import FiddlerError, FiddlerWarning
@@ -156,7 +155,6 @@ class Engine:
         """Where a model's other layers best live: the GPU, or the CPU."""
         return self._device.torch_device
 
-    @torch.no_grad()
     def moe(self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """The routed experts of one layer: sum over a token's k choices of weight * expert(token).
 
@@ -167,6 +165,9 @@ class Engine:
         Returns [T, H] in hidden's dtype, on its device. No gradient flows through it.
         Raises FiddlerError for an unknown layer or wrong shapes, and after `close` or fork.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.moe(layer, hidden, topk_ids, topk_weights)
         row = self._check(layer, hidden, topk_ids, topk_weights)
         captured = self._captured
         if captured is not None and captured.within():
@@ -258,7 +259,7 @@ class Engine:
             decided.lend(row, lent)
         strategy = decided.decide(row, ids)
         decided.take_back()
-        calls = np.bincount(strategy, minlength=SPLIT + 1)
+        calls = np.bincount(strategy, minlength=SPLIT + 1).tolist()
         ahead = None if self._ahead is None else self._ahead.guess(row, decided.counts)
 
         # No hand-off to the accelerator's thread without work for it, no kernel call without work for the CPU.
@@ -296,8 +297,9 @@ class Engine:
         assert out is not None
         layer_us = (time.perf_counter_ns() - started) / 1e3
         actual = (cpu_us, accelerator_us)
-        self._counters.add(self._phase, calls, strategy, decided.counts, decided.lane_us, actual, layer_us)
-        self._watch(decided.lane_us, actual)
+        predicted = decided.lane_us.tolist()
+        self._counters.add(self._phase, calls, strategy, decided.counts, predicted, actual, layer_us)
+        self._watch(predicted, actual)
         if lent is not None:
             self._counters.prefetch_used += int(strategy[lent] == RESIDENT)
         self._counters.prefetched += ahead is not None
@@ -346,16 +348,16 @@ class Engine:
         """Notes a step's layers. How long the accelerator took for each nobody knows: it counts as idle."""
         for row in range(len(step.strategy)):
             cpu_us = float(step.cpu_ns[row]) / 1e3
-            calls = np.bincount(step.strategy[row], minlength=SPLIT + 1)
-            predicted = np.array([step.lane_us[row, 0], 0.0], np.float32)
+            calls = np.bincount(step.strategy[row], minlength=SPLIT + 1).tolist()
+            predicted = (float(step.lane_us[row, 0]), 0.0)
             actual = (cpu_us if calls[CPU] else 0.0, 0.0)
             self._counters.add(self._phase, calls, step.strategy[row], step.counts[row], predicted, actual, cpu_us)
             self._watch(predicted, actual)
 
-    def _watch(self, predicted_us: npt.NDArray[np.float32], actual_us: tuple[float, float]) -> None:
+    def _watch(self, predicted_us: Pair, actual_us: Pair) -> None:
         """Warns, once, when a lane is not as fast or slow as the plan says."""
         now_s = time.monotonic()
-        for lane, predicted, actual in zip(LANES, predicted_us.tolist(), actual_us, strict=True):
+        for lane, predicted, actual in zip(LANES, predicted_us, actual_us, strict=True):
             # On a GPU the queue's thread is done before the GPU is: its time is not the lane's.
             if predicted > 0 and not (lane == "accelerator" and self._device.kind == "cuda"):
                 self._drift.note(lane, now_s, predicted, actual)

@@ -1,8 +1,9 @@
-"""Cost of one dispatch decision through its Python call.
+"""Cost of one dispatch decision through its Python call, and of a layer around its kernel.
 
     python -m tests.bench.dispatch
 
-Medians over 9 rounds of 2,000 decisions each: routing in, strategies out, counting included.
+Medians over 9 rounds of 2,000 decisions each: routing in, strategies out, counting included. Then a layer of the demo
+model, one token, through Engine.moe without an accelerator: all of it, and of that what is in the kernel's call.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fiddler_runtime import Engine, load_plan
 from fiddler_runtime.build import build_kernels
 from fiddler_runtime.dispatch import Dispatcher
+from fiddler_runtime.drift import unheeded
 from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import this_machine
 from fiddler_runtime.plan import Tables
+from fiddler_runtime.weights import ExpertWeights
 from fiddlerc.codegen import generate
 
 CASES = ((8, 2, 1), (8, 2, 512), (128, 8, 1), (256, 8, 1), (256, 8, 512), (256, 8, 2048))
 ROUNDS, DECISIONS = 9, 2000
+ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
@@ -47,6 +52,27 @@ def main() -> None:
                 dispatcher.decide(0, ids)
             rounds.append((time.perf_counter() - start) / DECISIONS * 1e6)
         print(f"{experts:4} experts, top-{top_k}, {tokens:5} tokens: {statistics.median(rounds):6.2f} us")
+    whole, kernel = layer_us()
+    print(f"Engine.moe, 8 experts, top-2, 1 token: {whole:.1f} us, {kernel:.1f} of them in the kernel's call")
+
+
+def layer_us() -> tuple[float, float]:
+    """Microseconds of a layer as its caller sees it, and in the call of its kernel."""
+    weights = ExpertWeights.load(ROOT / "examples/tiny-mixtral")
+    with Engine(load_plan(ROOT / "plans/tiny-mixtral-epyc-zen5-2c"), weights, device="none", threads=1) as engine:
+        hidden = torch.randn(1, engine.spec.hidden_size).bfloat16()
+        ids, scale = torch.tensor([[1, 5]]), torch.tensor([[0.6, 0.4]])
+        rounds = []
+        for _ in range(1 + ROUNDS):  # the first warms up
+            engine.reset_counters()
+            start = time.perf_counter()
+            with unheeded():
+                for _ in range(DECISIONS):
+                    engine.moe(0, hidden, ids, scale)
+            whole = (time.perf_counter() - start) / DECISIONS * 1e6
+            rounds.append((whole, engine.counters()["lanes"]["cpu"]["actual_us"] / DECISIONS))
+    whole, kernel = (statistics.median(part) for part in zip(*rounds[1:], strict=True))
+    return whole, kernel
 
 
 def tables(experts: int, top_k: int) -> Tables:

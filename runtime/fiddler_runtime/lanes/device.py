@@ -136,6 +136,8 @@ class Device(ABC):
 
         It is valid until the next one of that name. Called from the caller's thread.
         """
+        if tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous():
+            return tensor, None
         return tensor.to(device="cpu", dtype=dtype).contiguous(), None
 
     def arrived(self, ticket: Ticket) -> None:  # noqa: B027
