@@ -19,7 +19,7 @@ from kernel_samples import (
 )
 
 from fiddler_runtime.errors import FiddlerError
-from fiddler_runtime.kernels import Kernels
+from fiddler_runtime.kernels import Kernels, make_pointers
 from fiddler_runtime.makespan import CPU, IDLE, RESIDENT, SPLIT, STREAMED
 
 SMALL = (129, 40)
@@ -95,6 +95,28 @@ def test_result_does_not_depend_on_threads_or_other_tokens(isa: str) -> None:
         with open_isa(LARGE, isa, threads) as kernels:
             for _ in range(3):
                 assert torch.equal(together, one_expert(kernels, expert, hidden))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_results_that_go_past_the_caches_are_the_same(isa: str) -> None:
+    """From 2 MiB on, to memory whose lines are whole."""
+    generator = torch.Generator().manual_seed(13)
+    expert = random_expert(LARGE, generator)
+    hidden = torch.randn(2**21 // (4 * LARGE[0]) + 5, LARGE[0], generator=generator).bfloat16()
+    ids, weights = torch.zeros(len(hidden), 1, dtype=torch.int64), torch.ones(len(hidden), 1)
+    with open_isa(LARGE, isa) as kernels:
+        packed = expert.packed(kernels)
+        found = []
+        for offset in (0, 1):  # of floats from a line's beginning
+            out = torch.full((hidden.numel() + offset,), float("nan"))[offset:].view(hidden.shape)
+            kernels.moe(hidden, ids, weights, make_pointers([packed.data_ptr()]), out)
+            found.append(out)
+        assert torch.equal(*found)
+        for first in range(0, len(hidden), 500):  # of each far less
+            part = hidden[first : first + 500]
+            assert len(part) < alike(kernels) or torch.equal(
+                found[0][first : first + 500], one_expert(kernels, expert, part)
+            )
 
 
 def test_tiles_begin_at_their_threshold() -> None:

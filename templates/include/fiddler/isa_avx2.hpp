@@ -43,6 +43,7 @@ struct Avx2 {
     asm volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(weights), "x"(inputs));
     return sum;
   }
+  static inline void store_past_caches(float* to, Vector results) { _mm256_stream_ps(to, results); }
 };
 
 }  // namespace

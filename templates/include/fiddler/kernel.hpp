@@ -11,6 +11,7 @@
 //   Weights load<step>(const uint32_t*)        of a pair of inputs for kLanes outputs, what that step multiplies
 //   Inputs broadcast<step>(const Element*)     of one token's pair of inputs, to all lanes
 //   Vector multiply_add(Vector, Weights, Inputs)
+//   void store_past_caches(float*, Vector)     to a multiple of its size
 //   kFlops              floating-point operations of one multiply_add
 //   kBurnSums           independent sums that keep the multiply units busy
 // A Tile provides
@@ -198,21 +199,24 @@ inline void activate_sums(const fdl::Task& task, const float* sums, int64_t firs
 }
 
 // The results of some tokens' sums.
-template <int L>
+template <class Isa>
 inline void store_sums(const fdl::Task& task, const float* sums, int64_t first, int64_t tokens) {
+  constexpr int L = Isa::kLanes;
   for (int64_t m = 0; m < tokens; ++m, sums += fdl::kLanes) {
+    float* const to = task.results[first + m] + task.result_column;
+    const float scale = task.scales[first + m];
+    const bool whole = task.columns >= fdl::kLanes;
     float row[fdl::kLanes];
     for (int column = 0; column < fdl::kLanes; column += L) {
       auto result = load<L>(sums + column);
       if constexpr (fdl::kBias) result += load<L>(task.bias + column);
-      result *= task.scales[first + m];
-      __builtin_memcpy(row + column, &result, sizeof result);
+      result *= scale;
+      if (task.past_caches && whole)
+        Isa::store_past_caches(to + column, (typename Isa::Vector)result);
+      else
+        __builtin_memcpy((whole ? to : row) + column, &result, sizeof result);
     }
-    float* const to = task.results[first + m] + task.result_column;
-    if (task.columns >= fdl::kLanes)
-      __builtin_memcpy(to, row, sizeof row);
-    else
-      for (int64_t column = 0; column < task.columns; ++column) to[column] = row[column];
+    for (int64_t column = 0; !whole && column < task.columns; ++column) to[column] = row[column];
   }
 }
 
@@ -241,7 +245,7 @@ inline void run_block(const fdl::Task& task, const uint32_t* next) {
       const int64_t token = tiles.first(t), tokens = tiles.size(t);
       const Element* x = static_cast<const Element*>(task.activations) + token * kStride + 2 * first;
       float* sums = task.sums + token * fdl::kLanes;
-      if (!kGateUp && last) {  // memory lets go of a line about as fast as a tile is computed
+      if (!kGateUp && last && !task.past_caches) {  // memory lets go of a line about as fast as a tile is computed
         for (int64_t m = token; m < token + tokens; ++m)
           for (int64_t line = 0; line < fdl::kRowBytes / 64; ++line)
             __builtin_prefetch(task.results[m] + task.result_column + 16 * line, 1);
@@ -251,7 +255,7 @@ inline void run_block(const fdl::Task& task, const uint32_t* next) {
       if constexpr (kGateUp)
         activate_sums<Isa>(task, sums, token, tokens);
       else
-        store_sums<Isa::kLanes>(task, sums, token, tokens);
+        store_sums<Isa>(task, sums, token, tokens);
     }
   }
 }

@@ -33,6 +33,7 @@ struct Task {
   float* const* results;      // down: each token's row
   const float* scales;        // down: what each token's results are multiplied by
   int64_t result_column;      // where in the rows the first block's begin
+  bool past_caches;           // down: results are written past the caches; their lines are whole and aligned
   void* intermediate;         // gate_up: the result, rows as down reads them
   int64_t intermediate_column;  // where in the rows the first block's begin
   int64_t columns;            // how many there are of outputs from the first block's on

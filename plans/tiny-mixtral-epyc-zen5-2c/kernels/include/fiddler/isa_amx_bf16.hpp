@@ -124,7 +124,7 @@ inline void run_tiles(const fdl::Task& task) {
     if (task.phase == fdl::Phase::gate_up)
       activate_sums<Isa>(part, part.sums, 0, part.tokens);
     else
-      store_sums<Isa::kLanes>(part, part.sums, 0, part.tokens);
+      store_sums<Isa>(part, part.sums, 0, part.tokens);
   }
   tile_release();
 }

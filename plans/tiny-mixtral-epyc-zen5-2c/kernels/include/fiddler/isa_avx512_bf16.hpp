@@ -32,6 +32,7 @@ struct Avx512Bf16 {
   static inline Vector multiply_add(Vector sum, Weights weights, Inputs inputs) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)inputs);
   }
+  static inline void store_past_caches(float* to, Vector results) { _mm512_stream_ps(to, results); }
 };
 
 }  // namespace

@@ -35,6 +35,7 @@ struct Avx512f {
     asm volatile("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs));
     return sum;
   }
+  static inline void store_past_caches(float* to, Vector results) { _mm512_stream_ps(to, results); }
 };
 
 }  // namespace

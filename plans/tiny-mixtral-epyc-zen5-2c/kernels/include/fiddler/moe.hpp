@@ -118,6 +118,9 @@ class MoeLayer {
   static constexpr int64_t kSumRows = kUnitTokens + kTileRows;
   // Weights of one task, about: what a thread streams in some microseconds.
   static constexpr int64_t kTaskBytes = 96 * 1024;
+  // Results of so many bytes push weights and inputs out of the second-level caches. They are written past them, unless many
+  // are read again here, to be added up.
+  static constexpr int64_t kPastCaches = 2 * 1024 * 1024;
   // Units are dealt out together until every thread has so many tasks of them.
   static constexpr int64_t kWaveTasks = 4;
 
@@ -211,6 +214,8 @@ class MoeLayer {
       return carver.used();
     };
     carve(Carver(large_.reserve(carve(Carver(nullptr)))));
+    past_caches_ = rows_ * kHidden * 4 >= kPastCaches && (rows_ - first_rows_) * 4 <= rows_ && kHidden % 16 == 0 &&
+                   reinterpret_cast<uintptr_t>(call.out) % 64 == 0;
     int64_t choice = 0;
     float* further = results_;
     for (int64_t token = 0; token < call.tokens; ++token) {
@@ -328,9 +333,11 @@ class MoeLayer {
       task.results = row_results_ + unit.first_row;
       task.scales = row_scales_ + unit.first_row;
       task.result_column = block * kLanes;
+      task.past_caches = past_caches_;
       task.columns = kHidden - block * kLanes;
     }
     variant_.run(task);
+    if (task.past_caches) __builtin_ia32_sfence();  // before whoever waits for this task reads them
   }
 
   // Adds a token's further results to its first one, for tokens [first, last).
@@ -359,6 +366,7 @@ class MoeLayer {
   float** row_results_ = nullptr;
   float* row_scales_ = nullptr;
   Further* further_ = nullptr;
+  bool past_caches_ = false;
   char* inputs_ = nullptr;
   char* middle_ = nullptr;
   float* results_ = nullptr;
