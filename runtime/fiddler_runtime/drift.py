@@ -20,8 +20,9 @@ Lane = Literal["cpu", "accelerator"]
 LANES: tuple[Lane, ...] = ("cpu", "accelerator")
 
 TOLERANCE = 1.25
-SLACK_US = 100.0
-"""What a layer must differ by, too: less is what waking a thread costs at one time and not at another."""
+SLACK_US: dict[Lane, float] = {"cpu": 100.0, "accelerator": 200.0}
+"""What a layer must differ by, too: less is what waking a thread costs at one time and not at another. The accelerator's
+work wakes two, its queue's and then the caller's."""
 WARM_UP = 20
 """Layers at first that say nothing: caches are cold, buffers grow."""
 WINDOW_S = 5.0
@@ -43,7 +44,8 @@ def unheeded() -> Iterator[None]:
 class _Window:
     """One lane's last layers: when, predicted and actual microseconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, slack_us: float) -> None:
+        self._slack_us = slack_us
         self._warm_up = WARM_UP
         self._layers: deque[tuple[float, float, float]] = deque()
         self._sum_us = 0.0
@@ -68,7 +70,7 @@ class _Window:
             return None
         self._judged_s = last_s
         _, predicted, actual = np.array(self._layers).T
-        slack = abs(float(np.median(actual - predicted))) < SLACK_US
+        slack = abs(float(np.median(actual - predicted))) < self._slack_us
         return 1.0 if slack else float(np.median(actual / predicted))
 
 
@@ -95,7 +97,7 @@ class Drift:
     def __init__(self, plan: Plan, here: Setup) -> None:
         self._header = plan.header
         self._here = here
-        self._windows = {lane: _Window() for lane in LANES}
+        self._windows = {lane: _Window(SLACK_US[lane]) for lane in LANES}
         self._told = False
         curves = plan.tables.cpu_us[:, 1:]
         prevailing = curves[int(plan.tables.regime_shares.argmax())]

@@ -15,7 +15,7 @@ from plan_samples import sample_header, sample_tables
 from runtime_samples import every_third, small_spec, write_sample_plan
 
 from fiddler_runtime.ahead import Ahead
-from fiddler_runtime.drift import LEAST_LAYERS, WARM_UP, WINDOW_S, Drift, Setup
+from fiddler_runtime.drift import LEAST_LAYERS, WARM_UP, WINDOW_S, Drift, Lane, Setup
 from fiddler_runtime.engine import Engine
 from fiddler_runtime.errors import FiddlerWarning
 from fiddler_runtime.kernels import empty_packed
@@ -226,11 +226,12 @@ def test_a_slow_regime_is_as_planned() -> None:
     assert drifting(2.0, slow=1.5) is not None
 
 
-def test_what_waking_a_thread_costs_is_no_drift() -> None:
+@pytest.mark.parametrize(("lane", "threads"), [("cpu", 1), ("accelerator", 2)])
+def test_what_waking_threads_costs_is_no_drift(lane: Lane, threads: int) -> None:
     drift, said = drift_of(), []
-    for us in (60.0, 140.0):  # 1.6 and 2.4 times the prediction
+    for us in (60.0 * threads, 140.0 * threads):  # 1.6 and 2.4 times the prediction, and more
         for layer in range(WARM_UP + 20 * LEAST_LAYERS):
-            drift.note("cpu", us + layer / 1000, 100.0, 100.0 + us)
+            drift.note(lane, us + layer / 1000, 100.0, 100.0 + us)
             said.append(drift.message())
     assert not any(said[: len(said) // 2]) and any(said)
 
