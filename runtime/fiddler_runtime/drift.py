@@ -21,8 +21,8 @@ LANES: tuple[Lane, ...] = ("cpu", "accelerator")
 
 TOLERANCE = 1.25
 SLACK_US: dict[Lane, float] = {"cpu": 100.0, "accelerator": 200.0}
-"""What a layer must differ by, too: less is what waking a thread costs at one time and not at another. The accelerator's
-work wakes two, its queue's and then the caller's."""
+"""What a layer must differ by, too: less is what waking a thread costs at one time and not at another. The
+accelerator's work wakes two, its queue's and then the caller's."""
 WARM_UP = 20
 """Layers at first that say nothing: caches are cold, buffers grow."""
 WINDOW_S = 5.0
