@@ -61,7 +61,7 @@ class _Phase:
 
 
 class Counters:
-    """Sums since the last reset. Of plain numbers: numpy takes some microseconds a layer for two of them."""
+    """Sums since the last reset. Most of plain numbers: numpy takes a microsecond for two of them."""
 
     def __init__(self) -> None:
         self.reset()

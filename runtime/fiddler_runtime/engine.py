@@ -424,6 +424,7 @@ class Engine:
             self._store.close()
             self._expert_kernels.close()
             self._kernels.close()
+            self._captured = self._ahead = None  # which hold the weights too
             del self._lanes, self._dispatcher, self._store
 
     def __enter__(self) -> Engine:

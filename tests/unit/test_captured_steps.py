@@ -3,8 +3,10 @@ and by flags and host functions of a driver library (tests/fake_driver)."""
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,15 @@ class Step:
             weights, ids = logits.softmax(-1).topk(SPEC.top_k)
             hidden = hidden + self.engine.moe(layer, torch.tanh(hidden), ids, weights)
         return hidden
+
+
+def test_a_closed_engine_holds_no_weights(plan) -> None:  # type: ignore[no-untyped-def]
+    with Engine(plan, ExpertWeights.random(), strategies=("resident", "cpu")) as opened:
+        with opened.captured():
+            weights = weakref.ref(opened._store)
+        assert weights() is not None
+    gc.collect()
+    assert weights() is None
 
 
 @pytest.mark.parametrize("name", ENTRIES)

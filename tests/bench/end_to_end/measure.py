@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -48,23 +48,22 @@ def attached(model: Any, experts: Any, replay: Replay | None, *, capture: bool =
 
     capture: decode steps are captured, with an Engine for experts. Warns (FiddlerWarning) where they cannot be.
     """
-    for module in model.modules():
-        if isinstance(module, hf.PlannedExperts):
+    planned = [module for module in model.modules() if isinstance(module, hf.PlannedExperts)]
+    with ExitStack() as undo:
+        for module in planned:
             module.engine = Routed(experts, replay)
-    begins = None
-    if replay is not None:
-        begins = model.register_forward_pre_hook(
-            lambda _, args, kwargs: replay.step((args[0] if args else kwargs["input_ids"]).numel()), with_kwargs=True
-        )
-    model.captured = hf.capture_steps(model, experts) if capture else None
-    try:
-        yield
-    finally:
+            undo.callback(delattr, module, "engine")  # so that their weights can go
+        if replay is not None:
+            begins = model.register_forward_pre_hook(
+                lambda _, args, kwargs: replay.step((args[0] if args else kwargs["input_ids"]).numel()),
+                with_kwargs=True,
+            )
+            undo.callback(begins.remove)
+        model.captured = hf.capture_steps(model, experts) if capture else None
+        undo.callback(setattr, model, "captured", None)
         if model.captured is not None:
-            model.captured.undo()
-            model.captured = None
-        if begins is not None:
-            begins.remove()
+            undo.callback(model.captured.undo)
+        yield
 
 
 def generate(model: Any, ids: torch.Tensor, wanted: Configuration, on_token: OnToken, after: Sequence[int] = ()) -> Any:

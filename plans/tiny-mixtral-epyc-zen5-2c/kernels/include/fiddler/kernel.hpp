@@ -127,7 +127,7 @@ inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pai
     sum_strip<Isa, kStride, M, N, kFetch>(x, w, pairs, from, to, fetch);
 }
 
-// Of several tiles each has at least so many tokens: Parts makes them equal.
+// Of several tiles each has at least so many tokens: Parts makes them equal, but for a last one of just so many.
 template <class Tile>
 constexpr int kLeastTokens = (Tile::kTokens + 1) / 2;
 
