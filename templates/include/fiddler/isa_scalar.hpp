@@ -27,6 +27,7 @@ struct Scalar {
     return pair[kStep];
   }
   static inline Vector multiply_add(Vector sum, Weights weights, Inputs inputs) { return sum + weights * inputs; }
+  // Not past them: there is no such store without intrinsics.
   static inline void store_past_caches(float* to, Vector results) { __builtin_memcpy(to, &results, sizeof results); }
 };
 
