@@ -93,6 +93,7 @@ def generate(
             policy=target.policy,
             functions=target.functions,
             tiles_from=target.tiles_from,
+            places=target.places,
             blocking=variant.blocking,
         )
     files.update(_headers(targets))

@@ -63,9 +63,10 @@ class Candidate:
     large: float
 
     @property
-    def rank(self) -> tuple[float, int, int]:
-        """Least first: the cost to 0.1 %, then the smaller depth block, then the shorter distance."""
-        return round(self.small * self.large, 3), self.blocking.k_block, self.blocking.fetch_bytes
+    def rank(self) -> tuple[float, int, int, int]:
+        """Least first: the cost to 0.1 %, then the smaller depth block, the shorter distance, and fetching less."""
+        cut = self.blocking
+        return round(self.small * self.large, 3), cut.k_block, cut.fetch_bytes, -cut.fetch_tokens
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,8 @@ def row_slots(target: Target, blocking: Blocking, tokens: int) -> float:
         if tokens >= blocking.fetch_tokens:
             return max(_MEMORY_SLOTS * _FETCH_COST, compute)
         reach = _WINDOW / _ROWS_IN_FLIGHT / _instructions(target, tokens, row_vectors)
-        return max(_MEMORY_SLOTS * max(1.0, 1.0 / reach), compute)
+        behind = 1.0 if target.places > 1 else max(1.0, 1.0 / reach)
+        return max(_MEMORY_SLOTS * behind, compute)
     # Several passes: a block's sums are loaded and stored once each, while the next block is fetched.
     compute = max(compute, len(sizes) * row_vectors * _VECTOR_FROM_L2_SLOTS)
     moved = 2.0 * tokens * row_vectors + _PASS_SLOTS * sum(columns)
@@ -302,6 +304,11 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
         lines.append(
             f"fetches from {chosen.fetch_tokens} tokens on, {chosen.fetch_bytes} bytes ahead: a row is then {at} "
             f"instructions, and {_ROWS_IN_FLIGHT} rows fit the out-of-order window up to {limit}"
+        )
+    elif target.places > 1:
+        lines.append(
+            f"never fetches in one pass: reads {target.places} places of a block's depth in turn, streams that "
+            "hardware prefetching keeps ahead of"
         )
     else:
         lines.append("never fetches in one pass: the out-of-order window keeps enough rows in flight")

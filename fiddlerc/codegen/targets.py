@@ -28,6 +28,7 @@ class Target:
     input_registers   for a token's input in all lanes
     input_loads, input_instructions  to get a pair of them
     multiplies      multiply-unit operations for a token's pair and a vector
+    places          of a block's depth, read in turn: so many streams from memory
     """
 
     isa: str
@@ -46,6 +47,7 @@ class Target:
     input_loads: int
     input_instructions: int
     multiplies: int
+    places: int = 1
     tiles_from: int = 0
     permit: str = "always"
     functions: str = ""
@@ -95,6 +97,8 @@ TARGETS: dict[str, Target] = {
             input_instructions=2,
             multiplies=2,
         ),
+        # CPUs that have no more than this bring four streams from memory faster than one, and prefetched ones slower:
+        # Zen 3 reads 24, 19 and 15 GB/s (docs/kernels.md).
         Target(
             isa="avx2",
             header="isa_avx2.hpp",
@@ -104,7 +108,7 @@ TARGETS: dict[str, Target] = {
             element_bytes=4,
             lanes=8,
             registers=16,
-            constants=0,  # its mask stays in memory
+            constants=0,  # its mask stays in memory where a tile takes all
             weight_registers=1,
             weight_loads=2,
             weight_instructions=4,
@@ -112,6 +116,7 @@ TARGETS: dict[str, Target] = {
             input_loads=2,
             input_instructions=2,
             multiplies=2,
+            places=4,
         ),
         # Products and sums apart; a broadcast is a load and a shuffle.
         Target(
@@ -131,6 +136,7 @@ TARGETS: dict[str, Target] = {
             input_loads=2,
             input_instructions=4,
             multiplies=4,
+            places=4,
         ),
     )
 }

@@ -8,43 +8,42 @@ import sys
 
 import pytest
 
-FORBIDDEN = ("fiddlerc", "sklearn", "jinja2", "onnx", "transformers", "matplotlib", "scipy", "triton")
-# Milliseconds that importing the package adds to torch, numpy being there already; and the modules found afterwards.
+FORBIDDEN = {"fiddlerc", "sklearn", "jinja2", "onnx", "transformers", "matplotlib", "scipy", "triton"}
+EMBEDDING = "fiddler_runtime.load_plan, fiddler_runtime.Engine, fiddler_runtime.ExpertWeights"
+# The modules that importing the package adds to torch's.
 IMPORT = """
-import json, sys, time
+import json, sys
 import torch
-started = time.perf_counter()
+before = set(sys.modules)
 import fiddler_runtime
 {use}
-elapsed = time.perf_counter() - started
-print(json.dumps([1e3 * elapsed, sorted({{name.partition(".")[0] for name in sys.modules}})]))
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
-def run(use: str) -> tuple[float, set[str]]:
+def added(use: str) -> set[str]:
     done = subprocess.run([sys.executable, "-c", IMPORT.format(use=use)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    elapsed, modules = json.loads(done.stdout)
-    return elapsed, set(modules)
+    return set(json.loads(done.stdout))
+
+
+def packages(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
 
 
 @pytest.mark.slow
-def test_import_adds_under_150_ms_to_torch():
-    assert min(run("")[0] for _ in range(2)) < 150
-    names = "fiddler_runtime.load_plan, fiddler_runtime.Engine, fiddler_runtime.ExpertWeights"
-    assert min(run(names)[0] for _ in range(2)) < 150, "and so does all that embedding uses"
-
-
-@pytest.mark.slow
-def test_embedding_needs_none_of_the_compilers_packages():
-    _, modules = run("fiddler_runtime.load_plan, fiddler_runtime.Engine, fiddler_runtime.ExpertWeights")
-    assert not modules & set(FORBIDDEN)
+def test_embedding_adds_a_few_files_to_torch():
+    """What an import takes its time for, without a clock: how many modules, and whose."""
+    assert len(added("")) < 10, "the package by itself loads next to nothing"
+    modules = added(EMBEDDING)
+    assert len(modules) < 90
+    others = packages(modules) - set(sys.stdlib_module_names)
+    assert others <= {"fiddler_runtime", "numpy", "safetensors"}
 
 
 @pytest.mark.slow
 def test_the_hf_module_loads_transformers_only_when_a_model_is_loaded():
-    _, modules = run("fiddler_runtime.hf.load")
-    assert not modules & set(FORBIDDEN)
+    assert not packages(added("fiddler_runtime.hf.load")) & FORBIDDEN
 
 
 def test_public_names_are_there_and_others_are_not():

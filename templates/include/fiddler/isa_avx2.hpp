@@ -23,14 +23,21 @@ struct Avx2 {
   static constexpr int kBurnSums = 12;
   static constexpr double kFlops = 2.0 * kLanes;
 
-  template <int kStep>
+  template <int kStep, int kTaken>
   static inline Weights load(const uint32_t* from) {
+    typedef Weights Stored __attribute__((aligned(4), may_alias));
+    const Stored& both = *reinterpret_cast<const Stored*>(from);
+    const Weights& mask = reinterpret_cast<const Weights&>(kUpperHalves);
     Weights weights;
-    __builtin_memcpy(&weights, from, sizeof weights);
-    if constexpr (kStep == 0)
-      asm volatile("vpslld $16, %0, %0" : "+x"(weights));
-    else
-      asm volatile("vpand %1, %0, %0" : "+x"(weights) : "m"(kUpperHalves));
+    if constexpr (kStep == 1 && kTaken < 16) {
+      asm volatile("vpand %2, %1, %0" : "=x"(weights) : "x"(mask), "m"(both));
+    } else {
+      weights = both;
+      if constexpr (kStep == 0)
+        asm volatile("vpslld $16, %0, %0" : "+x"(weights));
+      else
+        asm volatile("vpand %1, %0, %0" : "+x"(weights) : "m"(mask));
+    }
     return weights;
   }
   template <int kStep>

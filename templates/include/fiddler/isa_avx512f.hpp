@@ -17,7 +17,7 @@ struct Avx512f {
   static constexpr int kBurnSums = 24;
   static constexpr double kFlops = 2.0 * kLanes;
 
-  template <int kStep>
+  template <int kStep, int>
   static inline Weights load(const uint32_t* from) {
     // Vector operators, not intrinsics: GCC 12 warns about its own _mm512_slli_epi32 (GCC bug 105593).
     typedef uint32_t Bits __attribute__((vector_size(64)));

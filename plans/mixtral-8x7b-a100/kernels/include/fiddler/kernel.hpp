@@ -8,7 +8,8 @@
 //   kLanes              outputs per vector
 //   kSteps              multiply_adds that it takes for a pair of inputs
 //   Vector              kLanes fp32 sums
-//   Weights load<step>(const uint32_t*)        of a pair of inputs for kLanes outputs, what that step multiplies
+//   Weights load<step, taken>(const uint32_t*)  of a pair of inputs for kLanes outputs, what that step multiplies; so many
+//                       registers are taken by the tile
 //   Inputs broadcast<step>(const Element*)     of one token's pair of inputs, to all lanes
 //   Vector multiply_add(Vector, Weights, Inputs)
 //   void store_past_caches(float*, Vector)     to a multiple of its size
@@ -17,6 +18,7 @@
 // A Tile provides
 //   kTokens             most tokens of a register tile
 //   vectors(tokens)     of outputs beside each other in a tile of so many tokens
+//   kPlaces             of a block's depth, read in turn: several streams from memory
 //   kDepthPairs         depth block of several passes: its weights and the next one's stay in the second-level cache
 //   kFetchTokens        from so many tokens on one pass fetches the weights ahead of itself
 //   kFetchBytes         how far ahead
@@ -34,10 +36,10 @@ constexpr int64_t kInputStride = row_bytes(fdl::kHidden, sizeof(typename Isa::El
 template <class Isa>
 constexpr int64_t kMiddleStride = row_bytes(fdl::kIntermediate, sizeof(typename Isa::Element)) / sizeof(typename Isa::Element);
 
-// One depth block of one block of outputs.
+// One depth block of one block of outputs: `pairs` rows at each of kPlaces places, which are `apart` rows from one another.
 struct Block {
   const uint32_t* weights;
-  int64_t pairs;
+  int64_t pairs, apart;
   const uint32_t* next;  // what to fetch meanwhile: several passes the next depth block, one pass the next block; or null
   int64_t passes;        // over these weights, in all
   int64_t pass;          // made so far: if there are several, the first two fetch one half of `next` each
@@ -55,20 +57,22 @@ struct Fetch {
 template <class Isa, int64_t kStride, int kStep, int M, int N>
 [[gnu::always_inline]] inline void multiply(typename Isa::Vector (&acc)[M][N], const typename Isa::Element* x,
                                             const uint32_t* w) {
+  constexpr int kTaken = M * N + (M < N ? M : N) + 1;  // registers
+
   if constexpr (M < N) {
     typename Isa::Inputs inputs[M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) inputs[m] = Isa::template broadcast<kStep>(x + m * kStride);
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
-      const typename Isa::Weights weights = Isa::template load<kStep>(w + n * Isa::kLanes);
+      const typename Isa::Weights weights = Isa::template load<kStep, kTaken>(w + n * Isa::kLanes);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) acc[m][n] = Isa::multiply_add(acc[m][n], weights, inputs[m]);
     }
   } else {
     typename Isa::Weights weights[N];
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) weights[n] = Isa::template load<kStep>(w + n * Isa::kLanes);
+    for (int n = 0; n < N; ++n) weights[n] = Isa::template load<kStep, kTaken>(w + n * Isa::kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const typename Isa::Inputs inputs = Isa::template broadcast<kStep>(x + m * kStride);
@@ -79,10 +83,11 @@ template <class Isa, int64_t kStride, int kStep, int M, int N>
 }
 
 // Sums of M tokens' rows by N vectors of a block's rows, added to `from` if that is given; all sums in registers. The tokens
-// lie kStride elements apart, a constant, so that one register holds all their addresses. Fetches `kFetch` cache lines a pair.
-template <class Isa, int64_t kStride, int M, int N, int kFetch>
+// lie kStride elements apart, a constant, so that one register holds all their addresses. Takes a pair of each place in turn,
+// and fetches `kFetch` cache lines for it, at as many places.
+template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
 [[gnu::always_inline]] inline void sum_strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs,
-                                             const float* from, float* to, Fetch fetch) {
+                                             int64_t apart, const float* from, float* to, Fetch fetch) {
   using Vector = typename Isa::Vector;
   // Sums in memory. Not memcpy, which takes the address of a sum: GCC 12 then keeps some on the stack.
   typedef Vector Stored __attribute__((aligned(4), may_alias));
@@ -95,12 +100,16 @@ template <class Isa, int64_t kStride, int M, int N, int kFetch>
   }
   int64_t p = 0, end = kFetch ? fetch.pairs : pairs;
   for (int part = 0; part < 1 + (kFetch > 1); ++part, end = pairs, fetch.at = fetch.then) {
-    for (; p < end; ++p, w += fdl::kLanes, x += 2) {
+    for (; p < end; ++p, w += fdl::kLanes, x += 2, fetch.at += 64 * kFetch) {
+#pragma GCC unroll 4
+      for (int place = 0; place < kPlaces; ++place) {
+        const int64_t rows = place * apart;
 #pragma GCC unroll 2
-      for (int line = 0; line < kFetch; ++line) __builtin_prefetch(fetch.at + 64 * line, 0, 2);
-      if (kFetch) fetch.at += 64 * kFetch;
-      multiply<Isa, kStride, 0>(acc, x, w);
-      if constexpr (Isa::kSteps == 2) multiply<Isa, kStride, 1>(acc, x, w);
+        for (int line = 0; line < kFetch; ++line)
+          __builtin_prefetch(fetch.at + rows * fdl::kRowBytes + 64 * line, 0, 2);
+        multiply<Isa, kStride, 0>(acc, x + 2 * rows, w + rows * fdl::kLanes);
+        if constexpr (Isa::kSteps == 2) multiply<Isa, kStride, 1>(acc, x + 2 * rows, w + rows * fdl::kLanes);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -112,19 +121,19 @@ template <class Isa, int64_t kStride, int M, int N, int kFetch>
 }
 
 // The same as a function of its own: where two steps share the registers, GCC 12 keeps sums on the stack if it is inlined.
-template <class Isa, int64_t kStride, int M, int N, int kFetch>
-[[gnu::noinline]] void sum_strip_apart(const typename Isa::Element* x, const uint32_t* w, int64_t pairs,
+template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
+[[gnu::noinline]] void sum_strip_apart(const typename Isa::Element* x, const uint32_t* w, int64_t pairs, int64_t apart,
                                        const float* from, float* to, Fetch fetch) {
-  sum_strip<Isa, kStride, M, N, kFetch>(x, w, pairs, from, to, fetch);
+  sum_strip<Isa, kStride, kPlaces, M, N, kFetch>(x, w, pairs, apart, from, to, fetch);
 }
 
-template <class Isa, int64_t kStride, int M, int N, int kFetch>
-inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs, const float* from, float* to,
-                  Fetch fetch) {
+template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
+inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs, int64_t apart, const float* from,
+                  float* to, Fetch fetch) {
   if constexpr (Isa::kSteps == 2)
-    sum_strip_apart<Isa, kStride, M, N, kFetch>(x, w, pairs, from, to, fetch);
+    sum_strip_apart<Isa, kStride, kPlaces, M, N, kFetch>(x, w, pairs, apart, from, to, fetch);
   else
-    sum_strip<Isa, kStride, M, N, kFetch>(x, w, pairs, from, to, fetch);
+    sum_strip<Isa, kStride, kPlaces, M, N, kFetch>(x, w, pairs, apart, from, to, fetch);
 }
 
 // Of several tiles each has at least so many tokens: Parts makes them equal, but for a last one of just so many.
@@ -139,10 +148,10 @@ constexpr int kLastTokens = Tile::vectors(kLeastTokens<Tile>) * Isa::kLanes == f
                                 ? kLeastTokens<Tile>
                                 : 0;
 
-template <class Isa, class Tile, int64_t kStride, int M = Tile::kTokens>
+template <class Isa, class Tile, int64_t kStride, int kPlaces, int M = Tile::kTokens>
 inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, const float* from, float* to) {
   if constexpr (M > 1) {
-    if (tokens < M) return tile<Isa, Tile, kStride, M - 1>(tokens, x, block, from, to);
+    if (tokens < M) return tile<Isa, Tile, kStride, kPlaces, M - 1>(tokens, x, block, from, to);
   }
   constexpr int N = Tile::vectors(M), kVectors = fdl::kLanes / Isa::kLanes;
   for (int column = 0; column < fdl::kLanes; column += Isa::kLanes * N, ++block.pass) {
@@ -155,13 +164,14 @@ inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, c
       const int64_t most = block.pairs < kAhead ? 0 : block.pairs - kAhead;
       const auto* ahead = reinterpret_cast<const char*>(w) + Tile::kFetchBytes;
       const Fetch fetch{ahead, most, next ? next : ahead + most * fdl::kRowBytes};
-      strip<Isa, kStride, M, N, M >= Tile::kFetchTokens ? 2 : 0>(x, w, block.pairs, begin, to + column, fetch);
+      strip<Isa, kStride, kPlaces, M, N, M >= Tile::kFetchTokens ? 2 : 0>(x, w, block.pairs, block.apart, begin,
+                                                                          to + column, fetch);
     } else if constexpr (N < kVectors || M >= kLeastTokens<Tile>) {
       if (!next || block.pass > 1)
-        strip<Isa, kStride, M, N, 0>(x, w, block.pairs, begin, to + column, {});
+        strip<Isa, kStride, kPlaces, M, N, 0>(x, w, block.pairs, block.apart, begin, to + column, {});
       else
-        strip<Isa, kStride, M, N, 1>(x, w, block.pairs, begin, to + column,
-                                     {next + 64 * block.pairs * block.pass, block.pairs, nullptr});
+        strip<Isa, kStride, kPlaces, M, N, 1>(x, w, block.pairs, block.apart, begin, to + column,
+                                              {next + 64 * block.pairs * block.pass, block.pairs, nullptr});
     }
   }
 }
@@ -229,16 +239,21 @@ inline void run_block(const fdl::Task& task, const uint32_t* next) {
   using Element = typename Isa::Element;
   constexpr bool kGateUp = kPhase == fdl::Phase::gate_up;
   constexpr int64_t kStride = kGateUp ? kInputStride<Isa> : kMiddleStride<Isa>;
+  // A depth that these do not part equally is read at one place. (A split leaves out rows that they do part.)
+  constexpr int64_t kPairs = kGateUp ? fdl::kHiddenPairs : fdl::kIntermediatePairs;
+  constexpr int kPlaces = kPairs % Tile::kPlaces == 0 ? Tile::kPlaces : 1;
   const Parts tiles(task.tokens, Tile::kTokens, kLastTokens<Isa, Tile>);
   const int64_t passes = tiles.count * fdl::kLanes / (Isa::kLanes * Tile::vectors(static_cast<int>(tiles.largest())));
   // Equal ones: as long as a block, so long takes what is fetched meanwhile.
-  const Parts depths(task.pairs, passes == 1 ? task.pairs : Tile::kDepthPairs);
+  const int64_t apart = task.pairs / kPlaces;
+  const Parts depths(apart, passes == 1 ? apart : Tile::kDepthPairs / kPlaces);
   for (int64_t d = 0; d < depths.count; ++d) {
     const int64_t first = depths.first(d);
     const bool last = d + 1 == depths.count;
     Block block{};
     block.weights = task.weights + first * fdl::kLanes;
     block.pairs = depths.size(d);
+    block.apart = apart;
     block.passes = passes;
     block.next = last ? next : block.weights + block.pairs * fdl::kLanes;
     for (int64_t t = 0; t < tiles.count; ++t) {
@@ -250,7 +265,7 @@ inline void run_block(const fdl::Task& task, const uint32_t* next) {
           for (int64_t line = 0; line < fdl::kRowBytes / 64; ++line)
             __builtin_prefetch(task.results[m] + task.result_column + 16 * line, 1);
       }
-      tile<Isa, Tile, kStride>(tokens, x, block, first ? sums : nullptr, sums);
+      tile<Isa, Tile, kStride, kPlaces>(tokens, x, block, first ? sums : nullptr, sums);
       if (!last) continue;
       if constexpr (kGateUp)
         activate_sums<Isa>(task, sums, token, tokens);
@@ -282,7 +297,7 @@ inline double burn(int64_t steps) {
   typename Isa::Element one[2] = {};
   uint32_t lanes[Isa::kLanes] = {};
   asm volatile("" : : "r"(one), "r"(lanes) : "memory");
-  typename Isa::Weights weights = Isa::template load<0>(lanes);
+  typename Isa::Weights weights = Isa::template load<0, kSums + 2>(lanes);
   typename Isa::Inputs inputs = Isa::template broadcast<0>(one);
   for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 32
