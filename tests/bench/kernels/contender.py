@@ -15,9 +15,16 @@ from fiddler_runtime import arena
 from fiddler_runtime.build import build_kernels
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary, Kernels, make_pointers
+from fiddler_runtime.machine import missing_flags
 from fiddlerc.codegen import generate
 
 from .shapes import Shape
+
+
+def need_avx512_bf16() -> None:
+    """Raises ImportError where a peer made for it would refuse its calls, or end the process."""
+    if missing := missing_flags("avx512_bf16"):
+        raise ImportError(f"this CPU has no {', '.join(missing)}")
 
 
 @dataclass(frozen=True)

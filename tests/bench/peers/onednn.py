@@ -12,6 +12,10 @@ class Peer(Contender):
     name = "onednn"
     has_layer = False  # it has matrix products, no MoE layer
 
+    def __init__(self) -> None:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise ImportError("oneDNN multiplies bf16 with AVX-512 or AVX-NE-CONVERT, which this CPU has not")
+
     def prepare(self, weights: Weights, shape: Shape, layer: bool) -> None:
         super().prepare(weights, shape, layer)
         reorder = torch.ops.mkldnn._reorder_linear_weight

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fiddler_runtime.machine import missing_flags
-
-from ..kernels.contender import Contender, Weights
+from ..kernels.contender import Contender, Weights, need_avx512_bf16
 from ..kernels.shapes import Shape
 from .vllm_cpu import load_operators
 
@@ -17,8 +15,7 @@ class Peer(Contender):
     name = "sglang"
 
     def __init__(self) -> None:
-        if missing := missing_flags("avx512_bf16"):
-            raise ImportError(f"this CPU has no {', '.join(missing)}")
+        need_avx512_bf16()
         load_operators()
 
     def prepare(self, weights: Weights, shape: Shape, layer: bool) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 import zentorch  # noqa: F401  registers torch.ops.zentorch
 
-from ..kernels.contender import Contender, Weights
+from ..kernels.contender import Contender, Weights, need_avx512_bf16
 from ..kernels.shapes import Shape
 
 
 class Peer(Contender):
     name = "zentorch"
+
+    def __init__(self) -> None:
+        need_avx512_bf16()
 
     def prepare(self, weights: Weights, shape: Shape, layer: bool) -> None:
         super().prepare(weights, shape, layer)
