@@ -94,9 +94,10 @@ def select(target: Target, expert: ExpertForm, machine: Machine | None) -> Selec
     candidates = []
     for tokens, vectors in _tiles(target):
         narrow = _narrow_tiles(target, tokens, vectors)
+        last_fetch = target.tiles_from or 1 + _widest(target, tokens, vectors, narrow)
         for k_block in _k_blocks(target, tokens, vectors, depth, l1, l2, rejected):
             for fetch_bytes in _fetch_bytes(l2):
-                for fetch_tokens in range(1, (target.tiles_from or tokens + 1) + 1):
+                for fetch_tokens in range(1, last_fetch + 1):
                     blocking = Blocking(tokens, vectors, narrow, k_block, fetch_tokens, fetch_bytes)
                     candidates.append(
                         Candidate(
@@ -228,6 +229,12 @@ def _narrow_tiles(target: Target, tokens: int, vectors: int) -> tuple[NarrowTile
     return tuple(NarrowTile(m, n) for m, n in sorted(wider))
 
 
+def _widest(target: Target, tokens: int, vectors: int, narrow: Sequence[NarrowTile]) -> int:
+    """The most tokens that one pass over a row is enough for."""
+    tiles = (*narrow, NarrowTile(tokens, vectors))
+    return max((tile.tokens for tile in tiles if tile.vectors * target.lanes == ROW_LANES), default=0)
+
+
 def _k_blocks(
     target: Target, tokens: int, vectors: int, depth: int, l1: int, l2: int, rejected: list[str]
 ) -> Iterator[int]:
@@ -297,9 +304,9 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
         f"k_block {chosen.k_block}: {format_bytes(working_set(target, chosen.k_block))} of the {format_bytes(l2)} L2; "
         "larger ones move the sums less often",
     ]
-    widest = next((t.tokens for t in chosen.narrow_tiles if t.vectors == row), tokens if vectors == row else 0)
+    widest = _widest(target, tokens, vectors, chosen.narrow_tiles)
     limit = _WINDOW // _ROWS_IN_FLIGHT
-    if widest and chosen.fetch_tokens <= widest:
+    if chosen.fetch_tokens <= widest:
         at = _instructions(target, chosen.fetch_tokens, row)
         lines.append(
             f"fetches from {chosen.fetch_tokens} tokens on, {chosen.fetch_bytes} bytes ahead: a row is then {at} "

@@ -32,9 +32,9 @@ CHOICES = {
     ("avx512f", "desktop"): Blocking(14, 2, (), 256, 1, 8192),
     ("amx_bf16", "zen4"): Blocking(32, 2, (), 1024, 3, 8192),
     ("amx_bf16", "sapphire"): Blocking(32, 2, (), 2048, 3, 8192),
-    ("avx2", "zen4"): Blocking(6, 2, (NarrowTile(3, 4),), 512, 7, 8192),
-    ("avx2", "sapphire"): Blocking(6, 2, (NarrowTile(3, 4),), 1024, 7, 8192),
-    ("avx2", "desktop"): Blocking(6, 2, (NarrowTile(3, 4),), 256, 7, 8192),
+    ("avx2", "zen4"): Blocking(6, 2, (NarrowTile(3, 4),), 512, 4, 8192),
+    ("avx2", "sapphire"): Blocking(6, 2, (NarrowTile(3, 4),), 1024, 4, 8192),
+    ("avx2", "desktop"): Blocking(6, 2, (NarrowTile(3, 4),), 256, 4, 8192),
 }
 
 

@@ -21,4 +21,4 @@ struct Tile {
 
 extern "C" void fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16(const fdl::Task& task) { run<Avx512Bf16, Tile>(task); }
 extern "C" double fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16_burn(int64_t steps) { return burn<Avx512Bf16>(steps); }
-extern "C" void fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16_read(const void* data, int64_t bytes) { read<Avx512Bf16>(data, bytes); }
+extern "C" void fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16_read(const void* data, int64_t bytes) { read<Avx512Bf16, Tile>(data, bytes); }

@@ -22,4 +22,4 @@ struct Tile {
 
 extern "C" void fdl_bf16_moe_h4096_i14336_m32n2__amxbf16(const fdl::Task& task) { run_tiles<AmxBf16, Tile>(task); }
 extern "C" double fdl_bf16_moe_h4096_i14336_m32n2__amxbf16_burn(int64_t steps) { return burn_tiles<AmxBf16>(steps); }
-extern "C" void fdl_bf16_moe_h4096_i14336_m32n2__amxbf16_read(const void* data, int64_t bytes) { read<AmxBf16>(data, bytes); }
+extern "C" void fdl_bf16_moe_h4096_i14336_m32n2__amxbf16_read(const void* data, int64_t bytes) { read<AmxBf16, Tile>(data, bytes); }

@@ -21,4 +21,4 @@ struct Tile {
 
 extern "C" void fdl_bf16_moe_h4096_i14336_m14n2__avx512f(const fdl::Task& task) { run<Avx512f, Tile>(task); }
 extern "C" double fdl_bf16_moe_h4096_i14336_m14n2__avx512f_burn(int64_t steps) { return burn<Avx512f>(steps); }
-extern "C" void fdl_bf16_moe_h4096_i14336_m14n2__avx512f_read(const void* data, int64_t bytes) { read<Avx512f>(data, bytes); }
+extern "C" void fdl_bf16_moe_h4096_i14336_m14n2__avx512f_read(const void* data, int64_t bytes) { read<Avx512f, Tile>(data, bytes); }

@@ -9,7 +9,7 @@ struct Tile {
   static constexpr int kTokens = 6;
   static constexpr int kPlaces = 4;
   static constexpr int64_t kDepthPairs = 256;
-  static constexpr int64_t kFetchTokens = 7;
+  static constexpr int64_t kFetchTokens = 4;
   static constexpr int64_t kFetchBytes = 8192;
   // Vectors of outputs beside each other, by tokens: wide where few tokens leave registers free.
   static constexpr int vectors([[maybe_unused]] int tokens) {
@@ -21,4 +21,4 @@ struct Tile {
 
 extern "C" void fdl_bf16_moe_h4096_i14336_m6n2__avx2(const fdl::Task& task) { run<Avx2, Tile>(task); }
 extern "C" double fdl_bf16_moe_h4096_i14336_m6n2__avx2_burn(int64_t steps) { return burn<Avx2>(steps); }
-extern "C" void fdl_bf16_moe_h4096_i14336_m6n2__avx2_read(const void* data, int64_t bytes) { read<Avx2>(data, bytes); }
+extern "C" void fdl_bf16_moe_h4096_i14336_m6n2__avx2_read(const void* data, int64_t bytes) { read<Avx2, Tile>(data, bytes); }

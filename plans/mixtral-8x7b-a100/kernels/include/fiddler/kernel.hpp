@@ -307,19 +307,23 @@ inline double burn(int64_t steps) {
   return static_cast<double>(steps) * kSums * Isa::kFlops;
 }
 
-// The bandwidth probe: reads with the variant's loads, as many bytes as are whole packed rows.
-template <class Isa>
+// The bandwidth probe: reads with the variant's loads, at as many places in turn, all packed rows that these part equally.
+template <class Isa, class Tile>
 inline void read(const void* data, int64_t bytes) {
   typedef uint32_t Bits __attribute__((vector_size(Isa::kLanes * 4)));
   constexpr int kVectors = fdl::kLanes / Isa::kLanes;
   Bits sums[kVectors] = {};
   const auto* row = static_cast<const char*>(data);
-  for (int64_t i = 0; i < bytes / fdl::kRowBytes; ++i, row += fdl::kRowBytes) {
+  const int64_t apart = bytes / fdl::kRowBytes / Tile::kPlaces;
+  for (int64_t i = 0; i < apart; ++i, row += fdl::kRowBytes) {
+#pragma GCC unroll 4
+    for (int place = 0; place < Tile::kPlaces; ++place) {
 #pragma GCC unroll 16
-    for (int n = 0; n < kVectors; ++n) {
-      Bits bits;
-      __builtin_memcpy(&bits, row + n * sizeof(Bits), sizeof bits);
-      sums[n] ^= bits;
+      for (int n = 0; n < kVectors; ++n) {
+        Bits bits;
+        __builtin_memcpy(&bits, row + place * apart * fdl::kRowBytes + n * sizeof(Bits), sizeof bits);
+        sums[n] ^= bits;
+      }
     }
   }
   for (int n = 0; n < kVectors; ++n) asm volatile("" : : "m"(sums[n]));
