@@ -14,6 +14,7 @@ from fiddler_runtime.build import build_kernels
 from fiddler_runtime.kernels import KernelLibrary, Kernels, empty_packed, make_pointers
 from fiddler_runtime.machine import KNOWN_ISAS, missing_flags
 from fiddlerc.codegen import generate
+from fiddlerc.codegen.selection import most_of_one_pass
 from fiddlerc.codegen.targets import TARGETS
 from fiddlerc.ir import Activation, KernelSources
 
@@ -180,5 +181,10 @@ ISAS = KNOWN_ISAS
 
 
 def alike(kernels: Kernels) -> int:
-    """So many rows of an expert, and more, are computed in one order of sums: amx_bf16 has another for few."""
-    return TARGETS[kernels.isa].tiles_from or 1
+    """So many rows of an expert, and more, are computed in one order of sums, fewer in another.
+
+    amx_bf16 has tiles from there on; avx2 and scalar read several places at once where one pass is enough.
+    """
+    target = TARGETS[kernels.isa]
+    (cut,) = (v.blocking for v in kernels.library.spec.variants if v.isa == kernels.isa)
+    return target.tiles_from or (1 if target.places == 1 else most_of_one_pass(target, cut) + 1)

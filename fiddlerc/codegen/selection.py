@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.text import format_bytes
@@ -94,11 +94,11 @@ def select(target: Target, expert: ExpertForm, machine: Machine | None) -> Selec
     candidates = []
     for tokens, vectors in _tiles(target):
         narrow = _narrow_tiles(target, tokens, vectors)
-        last_fetch = target.tiles_from or 1 + _widest(target, tokens, vectors, narrow)
         for k_block in _k_blocks(target, tokens, vectors, depth, l1, l2, rejected):
             for fetch_bytes in _fetch_bytes(l2):
-                for fetch_tokens in range(1, last_fetch + 1):
-                    blocking = Blocking(tokens, vectors, narrow, k_block, fetch_tokens, fetch_bytes)
+                first = Blocking(tokens, vectors, narrow, k_block, 1, fetch_bytes)
+                for fetch_tokens in range(1, 1 + (target.tiles_from or 1 + most_of_one_pass(target, first))):
+                    blocking = replace(first, fetch_tokens=fetch_tokens)
                     candidates.append(
                         Candidate(
                             blocking, _mean(target, blocking, SMALL_TOKENS), _mean(target, blocking, LARGE_TOKENS)
@@ -165,6 +165,12 @@ def slots(target: Target, tokens: int, vectors: int) -> float:
     return max(multiplies * latency, loads, instructions / _ISSUE_PER_SLOT)
 
 
+def most_of_one_pass(target: Target, blocking: Blocking) -> int:
+    """The most tokens that one pass over a row is enough for."""
+    tiles = (*blocking.narrow_tiles, NarrowTile(blocking.tile_tokens, blocking.tile_vectors))
+    return max((tile.tokens for tile in tiles if tile.vectors * target.lanes == ROW_LANES), default=0)
+
+
 def row_slots(target: Target, blocking: Blocking, tokens: int) -> float:
     """Slots for one packed row and so many tokens of an expert, the memory's time included."""
     if 0 < target.tiles_from <= tokens:
@@ -227,12 +233,6 @@ def _narrow_tiles(target: Target, tokens: int, vectors: int) -> tuple[NarrowTile
     """Fewer tokens leave registers for more of the row: it is then read in fewer passes, or in one."""
     wider = [(m, n) for m, n in _tiles(target) if n > vectors and m < tokens]
     return tuple(NarrowTile(m, n) for m, n in sorted(wider))
-
-
-def _widest(target: Target, tokens: int, vectors: int, narrow: Sequence[NarrowTile]) -> int:
-    """The most tokens that one pass over a row is enough for."""
-    tiles = (*narrow, NarrowTile(tokens, vectors))
-    return max((tile.tokens for tile in tiles if tile.vectors * target.lanes == ROW_LANES), default=0)
 
 
 def _k_blocks(
@@ -304,9 +304,8 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
         f"k_block {chosen.k_block}: {format_bytes(working_set(target, chosen.k_block))} of the {format_bytes(l2)} L2; "
         "larger ones move the sums less often",
     ]
-    widest = _widest(target, tokens, vectors, chosen.narrow_tiles)
     limit = _WINDOW // _ROWS_IN_FLIGHT
-    if chosen.fetch_tokens <= widest:
+    if chosen.fetch_tokens <= most_of_one_pass(target, chosen):
         at = _instructions(target, chosen.fetch_tokens, row)
         lines.append(
             f"fetches from {chosen.fetch_tokens} tokens on, {chosen.fetch_bytes} bytes ahead: a row is then {at} "

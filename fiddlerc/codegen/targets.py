@@ -28,7 +28,7 @@ class Target:
     input_registers   for a token's input in all lanes
     input_loads, input_instructions  to get a pair of them
     multiplies      multiply-unit operations for a token's pair and a vector
-    places          of a block's depth, read in turn: so many streams from memory
+    places          of a block's depth that one pass reads in turn: so many streams from memory
     """
 
     isa: str
@@ -97,8 +97,8 @@ TARGETS: dict[str, Target] = {
             input_instructions=2,
             multiplies=2,
         ),
-        # CPUs that have no more than this bring four streams from memory faster than one, and prefetched ones slower:
-        # Zen 3 reads 24, 19 and 15 GB/s (docs/kernels.md).
+        # CPUs that have no more than this bring four streams from memory faster than one, and one that is fetched slower:
+        # Zen 3 reads 25, 20 and 16 GB/s (docs/kernels.md).
         Target(
             isa="avx2",
             header="isa_avx2.hpp",

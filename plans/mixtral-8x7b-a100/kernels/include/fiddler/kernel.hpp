@@ -18,7 +18,7 @@
 // A Tile provides
 //   kTokens             most tokens of a register tile
 //   vectors(tokens)     of outputs beside each other in a tile of so many tokens
-//   kPlaces             of a block's depth, read in turn: several streams from memory
+//   kPlaces             of a block's depth that one pass reads in turn: several streams from memory
 //   kDepthPairs         depth block of several passes: its weights and the next one's stay in the second-level cache
 //   kFetchTokens        from so many tokens on one pass fetches the weights ahead of itself
 //   kFetchBytes         how far ahead
@@ -36,10 +36,10 @@ constexpr int64_t kInputStride = row_bytes(fdl::kHidden, sizeof(typename Isa::El
 template <class Isa>
 constexpr int64_t kMiddleStride = row_bytes(fdl::kIntermediate, sizeof(typename Isa::Element)) / sizeof(typename Isa::Element);
 
-// One depth block of one block of outputs: `pairs` rows at each of kPlaces places, which are `apart` rows from one another.
+// One depth block of one block of outputs.
 struct Block {
   const uint32_t* weights;
-  int64_t pairs, apart;
+  int64_t pairs;
   const uint32_t* next;  // what to fetch meanwhile: several passes the next depth block, one pass the next block; or null
   int64_t passes;        // over these weights, in all
   int64_t pass;          // made so far: if there are several, the first two fetch one half of `next` each
@@ -83,11 +83,11 @@ template <class Isa, int64_t kStride, int kStep, int M, int N>
 }
 
 // Sums of M tokens' rows by N vectors of a block's rows, added to `from` if that is given; all sums in registers. The tokens
-// lie kStride elements apart, a constant, so that one register holds all their addresses. Takes a pair of each place in turn,
-// and fetches `kFetch` cache lines for it, at as many places.
+// lie kStride elements apart, a constant, so that one register holds all their addresses. Takes a pair of kPlaces places in
+// turn, `pairs` from one to the next, and fetches `kFetch` cache lines for it.
 template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
 [[gnu::always_inline]] inline void sum_strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs,
-                                             int64_t apart, const float* from, float* to, Fetch fetch) {
+                                             const float* from, float* to, Fetch fetch) {
   using Vector = typename Isa::Vector;
   // Sums in memory. Not memcpy, which takes the address of a sum: GCC 12 then keeps some on the stack.
   typedef Vector Stored __attribute__((aligned(4), may_alias));
@@ -100,13 +100,17 @@ template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
   }
   int64_t p = 0, end = kFetch ? fetch.pairs : pairs;
   for (int part = 0; part < 1 + (kFetch > 1); ++part, end = pairs, fetch.at = fetch.then) {
-    for (; p < end; ++p, w += fdl::kLanes, x += 2, fetch.at += 64 * kFetch) {
+    for (; p < end; ++p, w += fdl::kLanes, x += 2) {
 #pragma GCC unroll 4
       for (int place = 0; place < kPlaces; ++place) {
-        const int64_t rows = place * apart;
 #pragma GCC unroll 2
         for (int line = 0; line < kFetch; ++line)
-          __builtin_prefetch(fetch.at + rows * fdl::kRowBytes + 64 * line, 0, 2);
+          __builtin_prefetch(fetch.at + place * pairs * fdl::kRowBytes + 64 * line, 0, 2);
+      }
+      if (kFetch) fetch.at += 64 * kFetch;
+#pragma GCC unroll 4
+      for (int place = 0; place < kPlaces; ++place) {
+        const int64_t rows = place * pairs;
         multiply<Isa, kStride, 0>(acc, x + 2 * rows, w + rows * fdl::kLanes);
         if constexpr (Isa::kSteps == 2) multiply<Isa, kStride, 1>(acc, x + 2 * rows, w + rows * fdl::kLanes);
       }
@@ -122,18 +126,18 @@ template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
 
 // The same as a function of its own: where two steps share the registers, GCC 12 keeps sums on the stack if it is inlined.
 template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
-[[gnu::noinline]] void sum_strip_apart(const typename Isa::Element* x, const uint32_t* w, int64_t pairs, int64_t apart,
+[[gnu::noinline]] void sum_strip_apart(const typename Isa::Element* x, const uint32_t* w, int64_t pairs,
                                        const float* from, float* to, Fetch fetch) {
-  sum_strip<Isa, kStride, kPlaces, M, N, kFetch>(x, w, pairs, apart, from, to, fetch);
+  sum_strip<Isa, kStride, kPlaces, M, N, kFetch>(x, w, pairs, from, to, fetch);
 }
 
 template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
-inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs, int64_t apart, const float* from,
-                  float* to, Fetch fetch) {
+inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs, const float* from, float* to,
+                  Fetch fetch) {
   if constexpr (Isa::kSteps == 2)
-    sum_strip_apart<Isa, kStride, kPlaces, M, N, kFetch>(x, w, pairs, apart, from, to, fetch);
+    sum_strip_apart<Isa, kStride, kPlaces, M, N, kFetch>(x, w, pairs, from, to, fetch);
   else
-    sum_strip<Isa, kStride, kPlaces, M, N, kFetch>(x, w, pairs, apart, from, to, fetch);
+    sum_strip<Isa, kStride, kPlaces, M, N, kFetch>(x, w, pairs, from, to, fetch);
 }
 
 // Of several tiles each has at least so many tokens: Parts makes them equal, but for a last one of just so many.
@@ -161,17 +165,16 @@ inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, c
     if (N == kVectors && block.passes == 1) {
       // Ahead in this block, and over its end into the next one.
       constexpr int64_t kAhead = Tile::kFetchBytes / fdl::kRowBytes;
-      const int64_t most = block.pairs < kAhead ? 0 : block.pairs - kAhead;
+      const int64_t pairs = block.pairs / kPlaces, most = pairs < kAhead ? 0 : pairs - kAhead;
       const auto* ahead = reinterpret_cast<const char*>(w) + Tile::kFetchBytes;
       const Fetch fetch{ahead, most, next ? next : ahead + most * fdl::kRowBytes};
-      strip<Isa, kStride, kPlaces, M, N, M >= Tile::kFetchTokens ? 2 : 0>(x, w, block.pairs, block.apart, begin,
-                                                                          to + column, fetch);
+      strip<Isa, kStride, kPlaces, M, N, M >= Tile::kFetchTokens ? 2 : 0>(x, w, pairs, begin, to + column, fetch);
     } else if constexpr (N < kVectors || M >= kLeastTokens<Tile>) {
       if (!next || block.pass > 1)
-        strip<Isa, kStride, kPlaces, M, N, 0>(x, w, block.pairs, block.apart, begin, to + column, {});
+        strip<Isa, kStride, 1, M, N, 0>(x, w, block.pairs, begin, to + column, {});
       else
-        strip<Isa, kStride, kPlaces, M, N, 1>(x, w, block.pairs, block.apart, begin, to + column,
-                                              {next + 64 * block.pairs * block.pass, block.pairs, nullptr});
+        strip<Isa, kStride, 1, M, N, 1>(x, w, block.pairs, begin, to + column,
+                                        {next + 64 * block.pairs * block.pass, block.pairs, nullptr});
     }
   }
 }
@@ -232,7 +235,7 @@ inline void store_sums(const fdl::Task& task, const float* sums, int64_t first, 
 
 // One block. `next` is worth fetching after it; or null.
 //
-// Tokens of one tile read the weights once, straight through, fetched a little ahead. Several tiles cut the depth in blocks
+// Tokens of one tile read the weights once, fetched a little ahead or at several places. Several tiles cut the depth in blocks
 // that they pass over in turn, while the next block is fetched: memory and multiply units work at the same time.
 template <class Isa, class Tile, fdl::Phase kPhase>
 inline void run_block(const fdl::Task& task, const uint32_t* next) {
@@ -245,15 +248,13 @@ inline void run_block(const fdl::Task& task, const uint32_t* next) {
   const Parts tiles(task.tokens, Tile::kTokens, kLastTokens<Isa, Tile>);
   const int64_t passes = tiles.count * fdl::kLanes / (Isa::kLanes * Tile::vectors(static_cast<int>(tiles.largest())));
   // Equal ones: as long as a block, so long takes what is fetched meanwhile.
-  const int64_t apart = task.pairs / kPlaces;
-  const Parts depths(apart, passes == 1 ? apart : Tile::kDepthPairs / kPlaces);
+  const Parts depths(task.pairs, passes == 1 ? task.pairs : Tile::kDepthPairs);
   for (int64_t d = 0; d < depths.count; ++d) {
     const int64_t first = depths.first(d);
     const bool last = d + 1 == depths.count;
     Block block{};
     block.weights = task.weights + first * fdl::kLanes;
     block.pairs = depths.size(d);
-    block.apart = apart;
     block.passes = passes;
     block.next = last ? next : block.weights + block.pairs * fdl::kLanes;
     for (int64_t t = 0; t < tiles.count; ++t) {
