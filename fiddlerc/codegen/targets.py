@@ -97,8 +97,8 @@ TARGETS: dict[str, Target] = {
             input_instructions=2,
             multiplies=2,
         ),
-        # CPUs that have no more than this bring four streams from memory faster than one, and one that is fetched slower:
-        # Zen 3 reads 25, 20 and 16 GB/s (docs/kernels.md).
+        # CPUs that have no more than this bring four streams from memory faster than one, and one that is fetched
+        # slower: Zen 3 reads 25, 20 and 16 GB/s (docs/kernels.md).
         Target(
             isa="avx2",
             header="isa_avx2.hpp",
