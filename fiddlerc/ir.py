@@ -7,6 +7,7 @@ are defined here. All are frozen; units are in the field names; docstrings give 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -314,3 +315,11 @@ class KernelSources:
 
     spec: KernelSpec
     files: dict[str, str]
+
+    def write(self, folder: Path) -> Path:
+        """Writes them below the folder, and returns it. Raises OSError."""
+        for name, text in self.files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        return folder

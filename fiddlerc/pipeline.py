@@ -142,7 +142,7 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     files = {f"kernels/{name}": text.encode() for name, text in sources.files.items()}
     library = None
     if request.build:
-        library = _build(sources.files, progress)
+        library = _build(sources, progress)
         if request.include_binaries:
             files[f"kernels/{library.name}"] = library.read_bytes()
     elif request.include_binaries:
@@ -335,7 +335,7 @@ def calibrate(
     machine = this_machine("none")
     for shape, form in forms.items():
         sources = _generate(form, machine)
-        libraries[shape] = KernelLibrary(_build(sources.files, progress), sources.spec)
+        libraries[shape] = KernelLibrary(_build(sources, progress), sources.spec)
     calibration = hardware.measure(
         libraries,
         quick=quick,
@@ -649,19 +649,15 @@ def _tune(request: CompileRequest, form: ExpertForm, calibration: Calibration, p
             machine=calibration.machine,
             blockings={isa: candidate.blocking},
         )
-        builds.append((change, candidate.blocking, KernelLibrary(_build(sources.files, None), sources.spec)))
+        builds.append((change, candidate.blocking, KernelLibrary(_build(sources, None), sources.spec)))
     if progress is not None:
         progress("building candidates", len(candidates), len(candidates))
     return hardware.tune(builds, isa, calibration, progress=progress)
 
 
-def _build(files: dict[str, str], progress: Progress | None) -> Path:
+def _build(sources: KernelSources, progress: Progress | None) -> Path:
     with tempfile.TemporaryDirectory(prefix="fiddlerc-") as folder:
-        for name, text in files.items():
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        return build_kernels(Path(folder), progress=progress)
+        return build_kernels(sources.write(Path(folder)), progress=progress)
 
 
 def _write_plots(folder: Path, plots: dict[str, bytes]) -> None:

@@ -22,13 +22,6 @@ from fiddlerc.ir import Activation, KernelSources
 SHAPES = ((8, 24), (129, 40), (41, 2880), (768, 33), (2880, 129), (256, 1408))
 
 
-def write_sources(sources: KernelSources, folder: Path) -> Path:
-    for name, text in sources.files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
-    return folder
-
-
 @functools.cache
 def library(
     hidden: int,
@@ -39,7 +32,7 @@ def library(
 ) -> KernelLibrary:
     sources = generate(hidden, intermediate, isas, activation=activation, bias=bias)
     with tempfile.TemporaryDirectory() as folder:
-        return KernelLibrary(build_kernels(write_sources(sources, Path(folder))), sources.spec)
+        return KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)
 
 
 EMULATED = Path(__file__).parent / "kernels" / "emulated"
@@ -56,7 +49,7 @@ def emulated(sources: KernelSources) -> KernelSources:
 def emulated_library(hidden: int, intermediate: int, activation: Activation, bias: bool) -> KernelLibrary:
     sources = emulated(generate(hidden, intermediate, ("amx_bf16",), activation=activation, bias=bias))
     with tempfile.TemporaryDirectory() as folder:
-        return KernelLibrary(build_kernels(write_sources(sources, Path(folder))), sources.spec)
+        return KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)
 
 
 def open_isa(

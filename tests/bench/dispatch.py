@@ -34,11 +34,7 @@ ROOT = Path(__file__).parents[2]
 def main() -> None:
     sources = generate(64, 64, ["scalar"])
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in sources.files.items():
-            path = Path(folder) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        library = KernelLibrary(build_kernels(Path(folder)), sources.spec)
+        library = KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)
     machine = this_machine("none")
     print(f"{machine.cpu}, {machine.cores} cores")
     for experts, top_k, tokens in CASES:

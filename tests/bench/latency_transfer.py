@@ -55,11 +55,7 @@ def main() -> None:
 def library(hidden: int, intermediate: int) -> KernelLibrary:
     sources = codegen.generate(hidden, intermediate)
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in sources.files.items():
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        return KernelLibrary(build_kernels(Path(folder)), sources.spec)
+        return KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)
 
 
 if __name__ == "__main__":

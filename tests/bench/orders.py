@@ -51,11 +51,7 @@ def seconds(kernels: Kernels, names: ExpertTensors) -> tuple[float, float]:
 def main() -> None:
     sources = generate(FORM.hidden_size, FORM.intermediate_size, activation=FORM.activation, bias=FORM.bias)
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in sources.files.items():
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        library = KernelLibrary(build_kernels(Path(folder)), sources.spec)
+        library = KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)
     machine = this_machine()
     print(f"{machine.cpu}, {machine.cores} cores; {FORM.hidden_size} x {FORM.intermediate_size}, ms")
     with library.open() as kernels:

@@ -27,11 +27,7 @@ SHAPE = (128, 256)
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
     sources = codegen.generate(*SHAPE)
-    folder = tmp_path_factory.mktemp("kernels")
-    for name, text in sources.files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    return KernelLibrary(build_kernels(folder), sources.spec)
+    return KernelLibrary(build_kernels(sources.write(tmp_path_factory.mktemp("kernels"))), sources.spec)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kernel_samples import write_sources
 
 from fiddler_runtime import build
 from fiddler_runtime.errors import FiddlerError
@@ -24,7 +23,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small library's sources, and an empty cache."""
     monkeypatch.setenv("FIDDLER_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    return write_sources(generate(8, 8, ["scalar"]), tmp_path / "kernels")
+    return generate(8, 8, ["scalar"]).write(tmp_path / "kernels")
 
 
 @pytest.fixture

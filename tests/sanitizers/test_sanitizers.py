@@ -7,7 +7,7 @@ from pathlib import Path
 
 import cmake
 import pytest
-from kernel_samples import emulated, write_sources
+from kernel_samples import emulated
 
 from fiddler_runtime.machine import KNOWN_ISAS, missing_flags
 from fiddlerc.codegen import generate
@@ -21,7 +21,7 @@ SHAPE = (72, 200)  # tails in both sizes, more than one block, and small enough 
 def test_nothing_is_found(sanitizer: str, tmp_path: Path) -> None:
     # Everything that experts may have; tiles emulated, whether or not this CPU has them.
     sources = emulated(generate(*SHAPE, activation="gptoss", bias=True))
-    kernels = write_sources(sources, tmp_path / "kernels")
+    kernels = sources.write(tmp_path / "kernels")
     flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1"]
     build = tmp_path / "build"
     program = str(Path(cmake.CMAKE_BIN_DIR, "cmake"))

@@ -165,11 +165,7 @@ def build_library(shape: Shape) -> KernelLibrary:
     """This checkout's library for a shape, built or from the cache."""
     sources = generate(shape.hidden_size, shape.intermediate_size)
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in sources.files.items():
-            path = Path(folder) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        return KernelLibrary(build_kernels(Path(folder)), sources.spec)
+        return KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)
 
 
 def open_library(path: Path, shape: Shape) -> KernelLibrary:

@@ -1,0 +1,95 @@
+"""Register tiles from the first-level cache, % of the peak: python -m tests.bench.tiles [--isa ISA] [--rounds N].
+
+What a tile lacks here is its own or comes with the core: memory has no part in it. The peak loads nothing; where a core
+is shared, it can stay what it was while tiles, which load and dispatch more, lose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fiddler_runtime.build import find_toolchain
+from fiddler_runtime.machine import KNOWN_ISAS, missing_flags, this_machine
+from fiddlerc.codegen import generate
+from fiddlerc.codegen.targets import TARGETS
+
+SIZE = 128
+"""Inputs: 8 KiB of weights, and as much of most tiles' inputs."""
+SAMPLE_S = 0.002
+# Tiles of AMX are no register tiles of these functions.
+ISAS = tuple(isa for isa in KNOWN_ISAS if not TARGETS[isa].tiles_from)
+
+
+def build(isa: str, folder: Path) -> tuple[ctypes.CDLL, int]:
+    """The library of tiles.cpp for that instruction set, and the most tokens of a tile."""
+    sources = generate(SIZE, SIZE, (isa,))
+    sources.write(folder)
+    variant, target, library = sources.spec.variants[0], TARGETS[isa], folder / "tiles.so"
+    subprocess.run(
+        [
+            str(find_toolchain().compiler), "-std=c++17", "-O3", "-Wno-psabi", "-Wno-ignored-attributes",
+            "-ffp-contract=off", *target.flags, "-shared", "-fPIC", f"-I{folder}", f"-I{folder / 'include'}",
+            f'-DKERNEL="{folder / variant.symbol}.cpp"', f"-DISA={target.policy}",
+            str(Path(__file__).with_suffix(".cpp")), "-o", str(library),
+        ],
+        check=True,
+    )  # fmt: skip
+    built = ctypes.CDLL(str(library))
+    built.peak.restype = built.tiles.restype = ctypes.c_double
+    built.peak.argtypes = (ctypes.c_int64,)
+    built.tiles.argtypes = (ctypes.c_int64, ctypes.c_int64)
+    return built, variant.blocking.tile_tokens
+
+
+def gflops(work: Callable[[int], float]) -> float:
+    """GFLOP/s of the work, repeated for SAMPLE_S; the argument says how often."""
+    times = 64
+    while True:
+        started = time.perf_counter()
+        done = work(times)
+        seconds = time.perf_counter() - started
+        if seconds >= SAMPLE_S:
+            return done / seconds / 1e9
+        times *= 2
+
+
+def shares(isa: str, rounds: int) -> list[list[float]]:
+    """By tokens, from one on: of each round, the tile's speed over the mean of the peaks right before and after."""
+    with tempfile.TemporaryDirectory() as folder:
+        library, most = build(isa, Path(folder))
+    found: list[list[float]] = [[] for _ in range(most)]
+    before = gflops(library.peak)
+    for _ in range(rounds):
+        for tokens in range(1, most + 1):
+            speed = gflops(lambda calls, tokens=tokens: library.tiles(tokens, calls))  # type: ignore[misc]
+            after = gflops(library.peak)
+            found[tokens - 1].append(speed / statistics.mean((before, after)))
+            before = after
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.tiles", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("--isa", choices=ISAS, help="default: all that run here")
+    parser.add_argument("--rounds", type=int, default=99, metavar="N")
+    options = parser.parse_args(argv)
+    machine = this_machine()
+    print(f"{machine.cpu}, {machine.cores} cores; % of peak, median (highest tenth), {options.rounds} rounds")
+    for isa in (options.isa,) if options.isa else ISAS:
+        if missing := missing_flags(isa):
+            print(f"{isa:12} skipped: no {' '.join(missing)}")
+            continue
+        for tokens, of in enumerate(shares(isa, options.rounds), 1):
+            highest = sorted(of)[9 * len(of) // 10]
+            print(f"{isa:12} {tokens:2} tokens  {statistics.median(of):4.0%} ({highest:.0%})")
+
+
+if __name__ == "__main__":
+    main()
