@@ -1,7 +1,7 @@
 """Register tiles from the first-level cache, % of the peak: python -m tests.bench.tiles [--isa ISA] [--rounds N].
 
-What a tile lacks here is its own or comes with the core: memory has no part in it. The peak loads nothing; where a core
-is shared, it can stay what it was while tiles, which load and dispatch more, lose.
+What a tile lacks here is its own or comes with the core: weights and inputs stay in the cache. (Tiles that fetch ask for
+lines behind them all the same.) A tile is 64 pairs deep, so entry and exit weigh more than in an expert.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fiddlerc.codegen import generate
 from fiddlerc.codegen.targets import TARGETS
 
 SIZE = 128
-"""Inputs: 8 KiB of weights, and as much of most tiles' inputs."""
+"""Inputs: 8 KiB of weights, and about as much of the largest tile's inputs."""
 SAMPLE_S = 0.002
 # Tiles of AMX are no register tiles of these functions.
 ISAS = tuple(isa for isa in KNOWN_ISAS if not TARGETS[isa].tiles_from)
