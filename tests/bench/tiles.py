@@ -1,7 +1,7 @@
 """Register tiles from the first-level cache, % of the peak: python -m tests.bench.tiles [--isa ISA] [--rounds N].
 
-What a tile lacks here is its own or comes with the core: weights and inputs stay in the cache. (Tiles that fetch ask for
-lines behind them all the same.) A tile is 64 pairs deep, so entry and exit weigh more than in an expert.
+What a tile lacks here is its own or comes with the core: weights and inputs stay in the cache. (Tiles that fetch still
+ask for lines behind them.) A tile is 64 pairs deep, so entry and exit weigh more than in an expert.
 """
 
 from __future__ import annotations
