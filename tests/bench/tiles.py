@@ -1,7 +1,8 @@
 """Register tiles from the first-level cache, % of the peak: python -m tests.bench.tiles [--isa ISA] [--rounds N].
 
 What a tile lacks here is its own or comes with the core: weights and inputs stay in the cache. (Tiles that fetch still
-ask for lines behind them.) A tile is 64 pairs deep, so entry and exit weigh more than in an expert.
+ask for lines behind them.) A tile is 128 pairs deep, as a pass of AVX2 is with 512 KiB of second-level cache; entry and
+exit weigh more than in a deeper one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fiddler_runtime.build import find_toolchain
@@ -20,8 +22,8 @@ from fiddler_runtime.machine import KNOWN_ISAS, missing_flags, this_machine
 from fiddlerc.codegen import generate
 from fiddlerc.codegen.targets import TARGETS
 
-SIZE = 128
-"""Inputs: 8 KiB of weights, and about as much of the largest tile's inputs."""
+SIZE = 256
+"""Inputs: 16 KiB of weights, and 14 at most of a tile's inputs."""
 SAMPLE_S = 0.002
 # Tiles of AMX are no register tiles of these functions.
 ISAS = tuple(isa for isa in KNOWN_ISAS if not TARGETS[isa].tiles_from)
@@ -43,6 +45,7 @@ def build(isa: str, folder: Path) -> tuple[ctypes.CDLL, int]:
     )  # fmt: skip
     built = ctypes.CDLL(str(library))
     built.peak.restype = built.tiles.restype = ctypes.c_double
+    built.results.restype = ctypes.POINTER(ctypes.c_float)
     built.peak.argtypes = (ctypes.c_int64,)
     built.tiles.argtypes = (ctypes.c_int64, ctypes.c_int64)
     return built, variant.blocking.tile_tokens
@@ -60,19 +63,25 @@ def gflops(work: Callable[[int], float]) -> float:
         times *= 2
 
 
-def shares(isa: str, rounds: int) -> list[list[float]]:
-    """By tokens, from one on: of each round, the tile's speed over the mean of the peaks right before and after."""
+def measure(isa: str, rounds: int) -> tuple[list[float], list[list[float]]]:
+    """All peaks, GFLOP/s; and by tokens, from one on, of each round the tile's speed over the mean of the peaks right
+    before and after."""
     with tempfile.TemporaryDirectory() as folder:
         library, most = build(isa, Path(folder))
     found: list[list[float]] = [[] for _ in range(most)]
-    before = gflops(library.peak)
+    peaks = [gflops(library.peak)]
     for _ in range(rounds):
         for tokens in range(1, most + 1):
-            speed = gflops(lambda calls, tokens=tokens: library.tiles(tokens, calls))  # type: ignore[misc]
-            after = gflops(library.peak)
-            found[tokens - 1].append(speed / statistics.mean((before, after)))
-            before = after
-    return found
+            speed = gflops(partial(library.tiles, tokens))
+            peaks.append(gflops(library.peak))
+            found[tokens - 1].append(speed / statistics.mean(peaks[-2:]))
+    return peaks, found
+
+
+def tenths(values: list[float]) -> tuple[float, float, float]:
+    """The median, the first and the ninth decile."""
+    ordered = sorted(values)
+    return statistics.median(ordered), ordered[len(ordered) // 10], ordered[9 * len(ordered) // 10]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,14 +90,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=99, metavar="N")
     options = parser.parse_args(argv)
     machine = this_machine()
-    print(f"{machine.cpu}, {machine.cores} cores; % of peak, median (highest tenth), {options.rounds} rounds")
+    print(f"{machine.cpu}, {machine.cores} cores; median (first and ninth decile), {options.rounds} rounds")
     for isa in (options.isa,) if options.isa else ISAS:
         if missing := missing_flags(isa):
             print(f"{isa:12} skipped: no {' '.join(missing)}")
             continue
-        for tokens, of in enumerate(shares(isa, options.rounds), 1):
-            highest = sorted(of)[9 * len(of) // 10]
-            print(f"{isa:12} {tokens:2} tokens  {statistics.median(of):4.0%} ({highest:.0%})")
+        peaks, found = measure(isa, options.rounds)
+        middle, low, high = tenths(peaks)
+        print(f"{isa:12} peak {middle:.1f} GFLOP/s ({low:.1f}-{high:.1f})")
+        for tokens, of in enumerate(found, 1):
+            middle, low, high = tenths(of)
+            print(f"{isa:12} {tokens:2} tokens  {middle:4.0%} of it ({low:.0%}-{high:.0%})")
 
 
 if __name__ == "__main__":
