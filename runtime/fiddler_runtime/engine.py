@@ -414,6 +414,8 @@ class Engine:
 
     def close(self) -> None:
         """Waits for the call in progress, ends the threads and lets the weights go. Calling it again does nothing."""
+        if os.getpid() != self._process:
+            return  # all of it is that process's, whose other threads may hold the lock
         with self._lock:
             if self._closed:
                 return

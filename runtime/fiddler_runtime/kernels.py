@@ -9,6 +9,7 @@ with library.open() as kernels:
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import struct
@@ -144,14 +145,15 @@ class KernelLibrary:
         isa: str | None = None,
         threads: int | None = None,
         *,
-        cpus: Sequence[int] | None = None,
+        cpus: Sequence[Sequence[int]] | None = None,
         beside_torch: bool = False,
     ) -> Kernels:
         """Starts a variant with its thread pool.
 
         isa      None for the first usable one of `isas`; it is never replaced by another
         threads  counting the caller; None is one per usable core
-        cpus     pins worker i to cpus[i] (the caller, worker 0, is left alone); None pins nothing
+        cpus     of each memory node, equally many: where the threads run, one after another (but the caller, who is the
+                 first, is left alone), each node's on its share of an expert's weights; None pins nothing
         beside_torch  torch computes on the CPU in turns with these kernels: they run on its threads if they can
         Raises FiddlerError if the instruction set cannot be used here or a thread cannot be started.
         """
@@ -161,15 +163,19 @@ class KernelLibrary:
         if not 1 <= count <= 1024:
             raise FiddlerError("cannot start the kernel's threads", found=count, expected="1 to 1024 threads")
         pinned = None
+        nodes = 1
         if cpus is not None:
-            if len(cpus) != count:
+            nodes = len(cpus)
+            if [len(of_node) * nodes for of_node in cpus] != [count] * nodes or not nodes:
                 raise FiddlerError(
-                    "cannot pin the kernel's threads", found=f"{len(cpus)} CPUs", expected=f"{count}, one per thread"
+                    "cannot pin the kernel's threads",
+                    found=f"CPUs by node: {[list(of_node) for of_node in cpus]}",
+                    expected=f"{count}, one per thread, equally many of each node",
                 )
-            pinned = (c_int32 * count)(*cpus)
+            pinned = (c_int32 * count)(*itertools.chain.from_iterable(cpus))
         team = torch_team(count) if beside_torch else None
         handle = c_void_p()
-        status = self._native.fdl_open(isa.encode() if isa else None, count, pinned, team, byref(handle))
+        status = self._native.fdl_open(isa.encode() if isa else None, count, pinned, nodes, team, byref(handle))
         if isa is not None and status == _E_ISA:
             self._refuse(isa)
         self.check(status, "open kernels")
@@ -457,7 +463,7 @@ def _declare(native: Any) -> None:
         "fdl_error_text": (c_char_p, (c_int32,)),
         "fdl_packed_bytes": (c_int64, ()),
         "fdl_isa_usable": (c_int32, (c_char_p,)),
-        "fdl_open": (c_int32, (c_char_p, c_int32, POINTER(c_int32), POINTER(TeamStruct), POINTER(c_void_p))),
+        "fdl_open": (c_int32, (c_char_p, c_int32, POINTER(c_int32), c_int32, POINTER(TeamStruct), POINTER(c_void_p))),
         "fdl_close": (None, (c_void_p,)),
         "fdl_isa": (c_char_p, (c_void_p,)),
         "fdl_pack": (c_int32, (c_void_p, POINTER(_Expert), c_void_p)),

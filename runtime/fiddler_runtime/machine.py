@@ -197,8 +197,10 @@ def core_cpus(root: Path = Path("/"), affinity: Iterable[int] | None = None) -> 
     return tuple(chosen)
 
 
-def lane_cpus(threads: int, root: Path = Path("/"), affinity: Iterable[int] | None = None) -> tuple[int, ...] | None:
-    """Where to pin the CPU lane's threads: cores of each memory node one after another, equally many of each.
+def lane_cpus(
+    threads: int, root: Path = Path("/"), affinity: Iterable[int] | None = None
+) -> tuple[tuple[int, ...], ...] | None:
+    """Where to pin the CPU lane's threads: cores of each memory node, equally many of each.
 
     None on a machine of one node, where the system may move threads as it likes, and if that does not come out even.
     """
@@ -209,7 +211,7 @@ def lane_cpus(threads: int, root: Path = Path("/"), affinity: Iterable[int] | No
     each = threads // len(nodes)
     if len(nodes) < 2 or each * len(nodes) != threads or any(len(cpus) < each for cpus in nodes.values()):
         return None
-    return tuple(cpu for cpus in nodes.values() for cpu in cpus[:each])
+    return tuple(tuple(cpus[:each]) for cpus in nodes.values())
 
 
 def usable_cores(root: Path = Path("/"), affinity: Iterable[int] | None = None) -> int:

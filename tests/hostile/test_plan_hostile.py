@@ -166,8 +166,8 @@ def test_an_older_format_asks_for_another_compile(plan: Path) -> None:
 
 
 def test_another_abi(plan: Path) -> None:
-    reseal(plan, lambda value: value.update(abi=7))
-    refused(plan, "ABI 7", f"ABI {ABI_VERSION}")
+    reseal(plan, lambda value: value.update(abi=ABI_VERSION + 1))
+    refused(plan, f"ABI {ABI_VERSION + 1}", f"ABI {ABI_VERSION}")
 
 
 def test_reformatted_json_is_refused(plan: Path) -> None:

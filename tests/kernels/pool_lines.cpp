@@ -1,7 +1,9 @@
 // Counts what the pool's atomics cost on a machine with many caches: how often a thread touches a 128-byte line that another
 // thread has written since it last did. Each such move is a transfer between caches, on whatever machine.
 //
-//   pool_lines THREADS TASKS   one region: prints "moves LINE COUNT" for each of its lines, then "tasks" and how many ran
+//   pool_lines THREADS TASKS   one region of four stages with so many tasks each, as a layer's, entered while all sleep: prints
+//                              "moves LINE COUNT" for each of its lines, then "tasks" and how many ran, "calls" and how many
+//                              calls to the system the thread that began it made to wake others
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -82,6 +84,19 @@ class Atomic {
   std::atomic<T> value_{};
 };
 
+inline std::atomic<int> asleep{0};
+inline thread_local int wakes = 0;
+
+// The calls that the pool makes: to sleep and to wake.
+template <class... Rest>
+long system_call(long number, uint32_t* where, int operation, Rest... rest) {
+  const bool sleeps = operation == FUTEX_WAIT_PRIVATE;
+  sleeps ? static_cast<void>(asleep.fetch_add(1)) : static_cast<void>(++wakes);
+  const long result = syscall(number, where, operation, rest...);
+  if (sleeps) asleep.fetch_sub(1);
+  return result;
+}
+
 }  // namespace counting
 
 namespace std {
@@ -89,38 +104,47 @@ template <class T>
 using counted_atomic = counting::Atomic<T>;
 }
 
-// All headers that the pool includes are above: from here on its std::atomic is the counting one.
+// All headers that the pool includes are above: from here on its std::atomic is the counting one, and so are its calls.
 #define atomic counted_atomic
+#define syscall counting::system_call
 #include "pool.hpp"
 #include "stage.hpp"
 #undef atomic
+#undef syscall
 
 int main(int count, char** arguments) {
   if (count != 3) return 2;
   const int threads = std::atoi(arguments[1]);
   const int64_t total = std::atoll(arguments[2]);
   fdl::Pool pool(threads);
-  if (!pool.start(nullptr, nullptr)) return 1;
-  fdl::Stage stage(pool);
+  if (!pool.start(nullptr, 1, nullptr)) return 1;
+  std::vector<std::unique_ptr<fdl::Stage>> stages;
+  for (int i = 0; i < 4; ++i) {
+    stages.push_back(std::make_unique<fdl::Stage>(pool));
+    stages.back()->begin(threads);
+    stages.back()->add_wave(total);
+    stages.back()->seal();
+  }
   std::atomic<int64_t> ran{0};
   std::atomic<int> inside{0};
   auto job = [&](int thread) {
     // The threads of a large machine work side by side; on this one they have to be told to.
     inside.fetch_add(1);
     while (inside.load() < threads) sched_yield();
-    stage.work_off(thread, [&](int64_t, int64_t) {
-      ran.fetch_add(1);
-      sched_yield();
-    });
+    for (auto& stage : stages)
+      stage->work_off(thread, [&](int64_t, int64_t) {
+        ran.fetch_add(1);
+        sched_yield();
+      });
   };
-  stage.begin(threads);
-  stage.add_wave(total);
-  stage.seal();
+  while (counting::asleep.load() < threads - 1) sched_yield();
+  usleep(10'000);  // until the last one does not only call
   counting::counts = true;
-  if (!pool.run(job)) return 1;
+  pool.run(job);
   counting::counts = false;
   for (const auto& [line, record] : counting::lines)
     std::printf("moves %lx %lld\n", static_cast<unsigned long>(line), static_cast<long long>(record.moves));
   std::printf("tasks %lld\n", static_cast<long long>(ran.load()));
+  std::printf("calls %d\n", counting::wakes);
   return 0;
 }

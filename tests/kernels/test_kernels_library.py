@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from kernel_samples import ISAS, library, one_expert, open_isa, random_expert, run_moe
 
 from fiddler_runtime.errors import FiddlerError
-from fiddler_runtime.kernels import KernelLibrary, TablesStruct, empty_packed, make_pointers
+from fiddler_runtime.kernels import KernelLibrary, Kernels, TablesStruct, empty_packed, make_pointers
 from fiddler_runtime.machine import cpu_isas, missing_flags
 from fiddler_runtime.openmp import torch_team
 
@@ -186,6 +187,37 @@ def test_calls_from_several_threads_wait_for_each_other() -> None:
     assert wrong == []
 
 
+def test_two_engines_beside_each_other_compute_the_same() -> None:
+    generator = torch.Generator().manual_seed(3)
+    calls = [
+        (random_expert(LARGE, generator), torch.randn(n, LARGE[0], generator=generator).bfloat16()) for n in (40, 300)
+    ]
+    with library(*LARGE).open(threads=1) as kernels:
+        expected = [one_expert(kernels, *call) for call in calls]
+    same: list[bool] = []
+
+    def work(kernels: Kernels, i: int) -> None:
+        same.extend(torch.equal(one_expert(kernels, *calls[i]), expected[i]) for _ in range(20))
+
+    with library(*LARGE).open(threads=2) as first, library(*LARGE).open(threads=3) as second:
+        threads = [threading.Thread(target=work, args=call) for call in ((first, 0), (second, 1))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert same == [True] * 40
+
+
+def test_idle_threads_sleep() -> None:
+    expert = random_expert(LARGE, torch.Generator().manual_seed(1))
+    with library(*LARGE).open(threads=2) as kernels:
+        one_expert(kernels, expert, torch.ones(40, LARGE[0]).bfloat16())
+        time.sleep(0.2)  # torch's threads too have gone to sleep
+        before = time.process_time()
+        time.sleep(1)
+        assert time.process_time() - before < 0.1, "seconds of CPU time within a second"
+
+
 FORK = """
 import os, sys, torch
 sys.path[:0] = {path!r}
@@ -207,6 +239,66 @@ kernels.close()
 """
 
 
+FORK_WHILE_BUSY = """
+import os, signal, sys, threading, numpy, torch
+sys.path[:0] = {path!r}
+from kernel_samples import library, make_pointers, random_expert
+generator = torch.Generator().manual_seed(1)
+expert = random_expert((256, 1408), generator)
+kernels = library(256, 1408).open(threads=3)
+packed = expert.packed(kernels)
+pointers = make_pointers([packed.data_ptr()])
+class Call:  # nothing of torch is called after the fork: its own threads do not survive it
+    def __init__(self, tokens):
+        self.hidden = torch.randn(tokens, 256, generator=generator).bfloat16()
+        self.ids, self.weights = torch.zeros(tokens, 1).long(), torch.ones(tokens, 1)
+        self.out = torch.empty(tokens, 256)
+        self.expected = self.run().copy()
+    def run(self):
+        self.out.numpy().fill(numpy.nan)
+        kernels.moe(self.hidden, self.ids, self.weights, pointers, self.out)
+        return self.out.numpy()
+    def again(self):
+        while not stop.is_set():
+            self.check()
+    def check(self):
+        same.append(numpy.array_equal(self.run(), self.expected))
+same, stop = [], threading.Event()
+def at_once(work, calls):
+    threads = [threading.Thread(target=getattr(call, work)) for call in calls]
+    for thread in threads:
+        thread.start()
+    return threads
+parents, childs = [Call(50), Call(60)], [Call(50), Call(400)]
+workers = at_once("again", parents)
+statuses = []
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        same.clear()
+        for thread in at_once("check", childs):  # one of the two makes what the other uses too
+            thread.join()
+        kernels.close()
+        os._exit(0 if same == [True, True] else 3)
+    statuses.append(os.waitpid(child, 0)[1])
+stop.set()
+for worker in workers:
+    worker.join()
+kernels.close()
+assert all(same)
+assert not any(statuses), statuses
+"""
+
+
+@pytest.mark.slow
+def test_a_child_that_was_forked_during_calls_computes_the_same() -> None:
+    """The parent's lock was taken then, its buffers were written to, and its threads are gone."""
+    script = FORK_WHILE_BUSY.format(path=sys.path)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("beside_torch", [False, True])
 def test_a_forked_child_computes_the_same(beside_torch: bool) -> None:
@@ -223,7 +315,7 @@ def test_torchs_threads_compute_the_same(torch_threads: Callable[[int], None]) -
     torch_threads(3)
     if torch_team(3) is None:
         pytest.skip("this torch has no OpenMP runtime with the GNU interface")
-    with library(*LARGE).open(threads=3, cpus=(0, 1, 1000), beside_torch=True) as kernels:
+    with library(*LARGE).open(threads=3, cpus=((0, 1, 1000),), beside_torch=True) as kernels:
         assert kernels.whose_threads == "torch's"
         for _ in range(20):
             assert torch.equal(one_expert(kernels, expert, hidden), expected)
@@ -241,7 +333,7 @@ def test_pinned_threads_work_even_outside_the_affinity() -> None:
     hidden = torch.ones(20, LARGE[0]).bfloat16()
     with library(*LARGE).open(threads=1) as kernels:
         expected = one_expert(kernels, expert, hidden)
-    with library(*LARGE).open(threads=3, cpus=(0, 1, 1000)) as kernels:
+    with library(*LARGE).open(threads=3, cpus=((0, 1, 1000),)) as kernels:
         assert torch.equal(one_expert(kernels, expert, hidden), expected)
 
 

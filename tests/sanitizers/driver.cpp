@@ -1,4 +1,8 @@
 // Runs the generated library under a sanitizer: what it reads, writes and shares, not whether the numbers are right.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -27,20 +31,55 @@ struct Block {
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
   uint16_t* bf16() const { return static_cast<uint16_t*>(data); }
+  float* fp32() const { return static_cast<float*>(data); }
   void* data;
 };
 
+// An expert's matrices and biases in every order of a checkpoint, packed; and back where the order can be written.
+void pack_orders(fdl_kernels* kernels, uint16_t* packed) {
+  constexpr int64_t kH = fdl::kHidden, kI = fdl::kIntermediate;
+  std::vector<uint16_t> wide(static_cast<size_t>(2 * kH * kI), 0x3c00), narrow(static_cast<size_t>(kH * kI), 0x3c00);
+  std::vector<uint16_t> wide_bias(2 * kI), narrow_bias(kH);
+  const struct {
+    int64_t up, gate_up_stride[2], down_stride[2], bias;  // up: where it begins behind gate; bias: between two of gate's
+  } orders[] = {
+      {kH, {2 * kH, 1}, {kI, 1}, 2},   // rows in turn
+      {kH * kI, {1, kI}, {1, kH}, 1},  // columns, behind each other
+      {kI, {1, 2 * kI}, {1, kH}, 1},   // columns, beside each other
+      {1, {2, 2 * kI}, {1, kH}, 2},    // columns in turn
+      {kH * kI, {kH, 1}, {kI, 1}, 1},  // rows
+  };
+  for (const auto& order : orders) {
+    const fdl_expert expert{wide.data(), wide.data() + order.up, narrow.data(), wide_bias.data(),
+                            wide_bias.data() + (order.bias == 2 ? 1 : kI), narrow_bias.data(),
+                            {order.gate_up_stride[0], order.gate_up_stride[1]}, {order.down_stride[0], order.down_stride[1]},
+                            order.bias};
+    require(fdl_pack(kernels, &expert, packed) == FDL_OK, "pack");
+    const bool rows = order.gate_up_stride[1] == 1;
+    require(fdl_unpack(kernels, packed, &expert) == (rows ? FDL_OK : FDL_E_ARGUMENT), "unpack");
+  }
+}
+
+// One expert, so many rows that results go past the caches; again while that is wanted.
+template <class Wanted>
+void many_rows(fdl_kernels* kernels, Wanted again) {
+  constexpr int64_t kTokens = (2 << 20) / (4 * fdl::kHidden) + 1;
+  static_assert(fdl::kHidden % 16 == 0, "or no result goes past the caches");
+  const Block packed(static_cast<size_t>(fdl_packed_bytes())), out(static_cast<size_t>(kTokens * fdl::kHidden * 4));
+  const uint16_t* expert = packed.bf16();
+  const std::vector<uint16_t> hidden(static_cast<size_t>(kTokens * fdl::kHidden), 0x3c00);
+  const std::vector<int64_t> ids(kTokens);
+  const std::vector<float> weight(kTokens, 1.0f);
+  const fdl_moe_call call{hidden.data(), fdl::kHidden, ids.data(), weight.data(), nullptr, &expert,
+                          out.fp32(),    kTokens,      1,          1,             0};
+  do require(fdl_moe(kernels, &call) == FDL_OK, "moe of many rows");
+  while (again());
+}
+
 void layers(fdl_kernels* kernels, unsigned seed) {
   std::mt19937 random(seed);
-  const size_t weights = static_cast<size_t>(fdl::kHidden) * fdl::kIntermediate;
-  std::vector<uint16_t> gate(weights, 0x3c00), up(weights, 0x3c00), down(weights, 0x3c00);
-  std::vector<uint16_t> gate_bias(fdl::kIntermediate), up_bias(fdl::kIntermediate), down_bias(fdl::kHidden);
-  const fdl_expert expert_weights{gate.data(),      up.data(),      down.data(),
-                                  gate_bias.data(), up_bias.data(), down_bias.data(),
-                                  {fdl::kHidden, 1}, {fdl::kIntermediate, 1}, 1};
   const Block packed(static_cast<size_t>(fdl_packed_bytes()));
-  require(fdl_pack(kernels, &expert_weights, packed.bf16()) == FDL_OK, "pack");
-  require(fdl_unpack(kernels, packed.bf16(), &expert_weights) == FDL_OK, "unpack");
+  pack_orders(kernels, packed.bf16());
   const uint16_t* experts[kExperts];
   for (auto& expert : experts) expert = packed.bf16();
 
@@ -57,6 +96,23 @@ void layers(fdl_kernels* kernels, unsigned seed) {
       require(fdl_moe(kernels, &call) == FDL_OK, "moe");
     }
   }
+}
+
+// What a forked child does. The thread sanitizer does not follow a process with threads there.
+template <class Body>
+void in_a_child(Body body) {
+#ifndef __SANITIZE_THREAD__
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(100);
+    body();
+    _exit(0);
+  }
+  int status = 1;
+  require(waitpid(child, &status, 0) == child && status == 0, "a forked child");
+#else
+  static_cast<void>(body);
+#endif
 }
 
 void dispatches() {
@@ -110,6 +166,10 @@ void steps(fdl_kernels* kernels) {
                                kTokens,    polled != 0};
     fdl_step* step = nullptr;
     require(fdl_step_open(kernels, &setup, &step) == FDL_OK, "step open");
+    in_a_child([&] {
+      require(fdl_step_begin(step, kTokens) == FDL_E_THREAD, "a step of another process");
+      fdl_step_close(step);
+    });
     for (int repeat = 0; repeat < 3; ++repeat) {
       require(fdl_step_begin(step, kTokens) == (lost && repeat ? FDL_E_STALL : FDL_OK), "step begin");
       if (lost && repeat) break;
@@ -134,9 +194,48 @@ void steps(fdl_kernels* kernels) {
   }
 }
 
+// Threads that are there already, as an OpenMP runtime's.
+thread_local int number = 0;
+void parallel(void (*work)(void*), void* data, unsigned threads, unsigned) {
+  std::vector<std::thread> others;
+  for (unsigned t = 1; t < threads; ++t)
+    others.emplace_back([=] {
+      number = static_cast<int>(t);
+      work(data);
+    });
+  work(data);
+  for (std::thread& other : others) other.join();
+}
+
+// Children that are forked while another thread computes. It allocates nothing: the address sanitizer's heap does not survive
+// a fork within.
+void forks(fdl_kernels* kernels) {
+  std::atomic<bool> stop{false}, begun{false};
+  std::thread busy([&] {
+    many_rows(kernels, [&] {
+      begun.store(true);
+      return !stop.load();
+    });
+  });
+  while (!begun.load()) usleep(1000);
+  for (int i = 0; i < 5; ++i) {
+    usleep(1000);
+    in_a_child([&] {
+      std::thread other([&] { layers(kernels, 5); });
+      layers(kernels, 6);
+      other.join();
+      fdl_close(kernels);
+    });
+  }
+  stop.store(true);
+  busy.join();
+}
+
 }  // namespace
 
 int main() {
+  const fdl_team team{parallel, [] { return number; }};
+  const int32_t cpus[] = {0, 1, 0, 1};
   dispatches();
   for (const char* isa : {"avx512_bf16", "avx512f", "avx2", "scalar", "amx_bf16"}) {
     if (!fdl_isa_usable(isa)) {
@@ -145,15 +244,21 @@ int main() {
     }
     fdl_kernels* one = nullptr;
     fdl_kernels* other = nullptr;
-    require(fdl_open(isa, 3, nullptr, nullptr, &one) == FDL_OK && fdl_open(isa, 2, nullptr, nullptr, &other) == FDL_OK, "open");
+    fdl_kernels* near = nullptr;
+    fdl_kernels* teamed = nullptr;
+    require(fdl_open(isa, 3, nullptr, 1, nullptr, &one) == FDL_OK && fdl_open(isa, 2, nullptr, 1, nullptr, &other) == FDL_OK &&
+                fdl_open(isa, 4, cpus, 2, nullptr, &near) == FDL_OK && fdl_open(isa, 3, nullptr, 1, &team, &teamed) == FDL_OK,
+            "open");
     // Two engines beside each other, and two callers of the same one.
     std::thread first([&] { layers(one, 1); }), second([&] { layers(other, 2); });
     layers(one, 3);
     first.join();
     second.join();
+    for (fdl_kernels* kernels : {near, teamed}) layers(kernels, 7);
+    many_rows(one, [] { return false; });
     steps(one);
-    fdl_close(one);
-    fdl_close(other);
+    forks(one);
+    for (fdl_kernels* kernels : {one, other, near, teamed}) fdl_close(kernels);
     std::printf("ran %s\n", isa);
   }
 }

@@ -13,7 +13,8 @@ from fiddler_runtime.machine import KNOWN_ISAS, missing_flags
 from fiddlerc.codegen import generate
 
 DRIVER = Path(__file__).with_name("driver.cpp")
-SHAPE = (72, 200)  # tails in both sizes, more than one block, and small enough to be quick without optimisation
+# Tails in both sizes, whole lines of results, more than one block, and small enough to be quick without optimisation.
+SHAPE = (80, 200)
 
 
 @pytest.mark.slow

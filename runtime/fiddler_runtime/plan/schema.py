@@ -15,7 +15,7 @@ from ..machine import Machine
 
 FORMAT_MAJOR = 4
 FORMAT_MINOR = 0
-ABI_VERSION = 5
+ABI_VERSION = 6
 LAYOUT_VERSION = 1
 """Of packed experts (docs/kernels.md): packed caches on disk carry it."""
 

@@ -1,6 +1,9 @@
 // The C interface (abi.h) over the variants that library.cpp lists. Baseline code: runs on any x86-64 CPU.
 #pragma once
 
+#include <sys/types.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -8,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <vector>
 
 // What the library exports; everything else is compiled with hidden visibility.
 #pragma GCC visibility push(default)
@@ -32,13 +36,49 @@ extern const int kVariantCount;
 extern const char kDescription[];
 }  // namespace fdl
 
+namespace fdl {
+
+// What one process computes with. After a fork the child leaves it untouched, for the parent's threads do not exist there, and a
+// call of one of them may have been caught halfway.
+struct Instance {
+  Instance(const Variant& variant, int threads) : pool(threads), layer(variant, pool) {}
+
+  const pid_t process = getpid();
+  Pool pool;
+  MoeLayer layer;
+  std::mutex busy;  // one call at a time; others wait
+};
+
+}  // namespace fdl
+
 struct fdl_kernels {
-  fdl_kernels(const fdl::Variant& chosen, int threads) : variant(chosen), pool(threads), layer(chosen, pool) {}
+  fdl_kernels(const fdl::Variant& chosen, int threads, const int32_t* cpus, int nodes)
+      : variant(chosen), threads_(threads), nodes_(nodes), cpus_(cpus, cpus ? cpus + threads : cpus) {}
+  fdl_kernels(const fdl_kernels&) = delete;
+  fdl_kernels& operator=(const fdl_kernels&) = delete;
+  ~fdl_kernels() {
+    fdl::Instance* instance = instance_.load();
+    if (!instance || instance->process != getpid()) return;
+    { const std::lock_guard<std::mutex> finished(instance->busy); }
+    delete instance;
+  }
+
+  // This process's, made if there is none; null if a thread could not be started. Throws std::bad_alloc.
+  fdl::Instance* instance(const fdl_team* team = nullptr) {
+    fdl::Instance* found = instance_.load();
+    if (found && found->process == getpid()) return found;
+    auto made = std::make_unique<fdl::Instance>(variant, threads_);
+    if (!made->pool.start(cpus_.empty() ? nullptr : cpus_.data(), nodes_, team)) return nullptr;
+    // If another thread of this process was first, `found` is now its instance.
+    return instance_.compare_exchange_strong(found, made.get()) ? made.release() : found;
+  }
 
   const fdl::Variant& variant;
-  fdl::Pool pool;
-  fdl::MoeLayer layer;
-  std::mutex busy;  // one call at a time; others wait
+
+ private:
+  const int threads_, nodes_;
+  const std::vector<int32_t> cpus_;
+  std::atomic<fdl::Instance*> instance_{nullptr};
 };
 
 namespace fdl {
@@ -57,8 +97,10 @@ inline const Variant* find_variant(const char* isa) {
 template <class Body>
 int32_t guarded(fdl_kernels* kernels, Body body) {
   try {
-    const std::lock_guard<std::mutex> lock(kernels->busy);
-    return body();
+    Instance* instance = kernels->instance();
+    if (!instance) return FDL_E_THREAD;
+    const std::lock_guard<std::mutex> lock(instance->busy);
+    return body(*instance);
   } catch (const std::bad_alloc&) {
     return FDL_E_MEMORY;
   } catch (...) {
@@ -68,13 +110,13 @@ int32_t guarded(fdl_kernels* kernels, Body body) {
 
 // Calls work(i) for 0 <= i < sum of `waves` on all threads, which share every wave alike. Throws std::bad_alloc.
 template <class Work>
-int32_t parallel_for(Pool& pool, std::initializer_list<int64_t> waves, Work work) {
+void parallel_for(Pool& pool, std::initializer_list<int64_t> waves, Work work) {
   Stage stage(pool);
   stage.begin(pool.threads());
   for (const int64_t tasks : waves) stage.add_wave(tasks);
   stage.seal();
   auto job = [&](int thread) { stage.work_off(thread, [&](int64_t i, int64_t) { work(i); }); };
-  return pool.run(job) ? FDL_OK : FDL_E_THREAD;
+  pool.run(job);
 }
 
 inline bool valid(const fdl_expert& expert) {
@@ -130,14 +172,16 @@ int64_t fdl_packed_bytes(void) { return fdl::kPackedBytes; }
 
 int32_t fdl_isa_usable(const char* isa) { return isa && fdl::find_variant(isa) ? 1 : 0; }
 
-int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, const fdl_team* team, fdl_kernels** out) {
-  if ((team && (!team->parallel || !team->thread_num)) || !out || threads < 1 || threads > fdl::kMostThreads) return FDL_E_ARGUMENT;
+int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, int32_t nodes, const fdl_team* team, fdl_kernels** out) {
+  if ((team && (!team->parallel || !team->thread_num)) || !out || threads < 1 || threads > fdl::kMostThreads || nodes < 1 ||
+      threads % nodes != 0)
+    return FDL_E_ARGUMENT;
   *out = nullptr;
   const fdl::Variant* variant = fdl::find_variant(isa);
   if (!variant || !variant->permit()) return FDL_E_ISA;  // before any thread starts
   try {
-    auto kernels = std::make_unique<fdl_kernels>(*variant, threads);
-    if (!kernels->pool.start(cpus, team)) return FDL_E_THREAD;
+    auto kernels = std::make_unique<fdl_kernels>(*variant, threads, cpus, nodes);
+    if (!kernels->instance(team)) return FDL_E_THREAD;
     *out = kernels.release();
     return FDL_OK;
   } catch (const std::bad_alloc&) {
@@ -145,11 +189,7 @@ int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, const fd
   }
 }
 
-void fdl_close(fdl_kernels* kernels) {
-  if (!kernels) return;
-  { const std::lock_guard<std::mutex> finished(kernels->busy); }
-  delete kernels;
-}
+void fdl_close(fdl_kernels* kernels) { delete kernels; }
 
 const char* fdl_isa(const fdl_kernels* kernels) { return kernels ? kernels->variant.isa : ""; }
 
@@ -158,8 +198,8 @@ int32_t fdl_pack(fdl_kernels* kernels, const fdl_expert* expert, uint16_t* packe
   if (!kernels || !expert || !fdl::valid(*expert) || !fdl::orders_of(*expert, &gate_up, &down) || !packed ||
       reinterpret_cast<uintptr_t>(packed) % 64 != 0)
     return FDL_E_ARGUMENT;
-  return fdl::guarded(kernels, [&] {
-    return fdl::parallel_for(kernels->pool, {fdl::kGateUpBlocks, fdl::kDownBlocks}, [&](int64_t block) {
+  return fdl::guarded(kernels, [&](fdl::Instance& here) -> int32_t {
+    fdl::parallel_for(here.pool, {fdl::kGateUpBlocks, fdl::kDownBlocks}, [&](int64_t block) {
       const uint16_t* outputs[fdl::kLanes];
       fdl::outputs_of_block<const uint16_t*>(block, expert->gate, expert->up, expert->down, expert->gate_up_stride[0],
                                              expert->down_stride[0], outputs);
@@ -175,6 +215,7 @@ int32_t fdl_pack(fdl_kernels* kernels, const fdl_expert* expert, uint16_t* packe
         }
       }
     });
+    return FDL_OK;
   });
 }
 
@@ -182,8 +223,8 @@ int32_t fdl_unpack(fdl_kernels* kernels, const uint16_t* packed, const fdl_exper
   if (!kernels || !expert || !fdl::valid(*expert) || !fdl::is_rows(expert->gate_up_stride) ||
       !fdl::is_rows(expert->down_stride) || !packed)
     return FDL_E_ARGUMENT;
-  return fdl::guarded(kernels, [&] {
-    return fdl::parallel_for(kernels->pool, {fdl::kGateUpBlocks, fdl::kDownBlocks}, [&](int64_t block) {
+  return fdl::guarded(kernels, [&](fdl::Instance& here) -> int32_t {
+    fdl::parallel_for(here.pool, {fdl::kGateUpBlocks, fdl::kDownBlocks}, [&](int64_t block) {
       uint16_t* rows[fdl::kLanes];
       fdl::outputs_of_block<uint16_t*>(block, expert->gate, expert->up, expert->down, expert->gate_up_stride[0],
                                        expert->down_stride[0], rows);
@@ -196,13 +237,14 @@ int32_t fdl_unpack(fdl_kernels* kernels, const uint16_t* packed, const fdl_exper
             *bias = static_cast<uint16_t>(lanes[fdl::bias_offset(block) + lane] >> 16);
       }
     });
+    return FDL_OK;
   });
 }
 
 int32_t fdl_moe(fdl_kernels* kernels, const fdl_moe_call* call) {
   if (!kernels || !call || !fdl::valid(*call)) return FDL_E_ARGUMENT;
   if (call->tokens == 0) return FDL_OK;
-  return fdl::guarded(kernels, [&] { return kernels->layer.run(*call); });
+  return fdl::guarded(kernels, [&](fdl::Instance& here) { return here.layer.run(*call); });
 }
 
 int32_t fdl_dispatch(const fdl_tables* tables, const int64_t* topk_ids, int64_t count, const uint8_t* resident,
@@ -227,7 +269,9 @@ int32_t fdl_step_open(fdl_kernels* kernels, const fdl_step_setup* setup, fdl_ste
   }
 }
 
-void fdl_step_close(fdl_step* step) { delete step; }
+void fdl_step_close(fdl_step* step) {
+  if (step && step->alive()) delete step;
+}
 
 int32_t fdl_step_begin(fdl_step* step, int64_t tokens) {
   return step && step->takes(tokens) ? step->begin(tokens) : FDL_E_ARGUMENT;
@@ -252,23 +296,23 @@ void fdl_flag_wait(const uint32_t* flag, uint32_t value) {
 
 int32_t fdl_probe_read(fdl_kernels* kernels, const void* data, int64_t bytes, double* gbps) {
   if (!kernels || !data || bytes < 64 || !gbps) return FDL_E_ARGUMENT;
-  return fdl::guarded(kernels, [&]() -> int32_t {
+  return fdl::guarded(kernels, [&](fdl::Instance& here) -> int32_t {
     constexpr int64_t kPiece = 1 << 20;
     const int64_t begin = fdl::now_ns();
-    const int32_t status = fdl::parallel_for(kernels->pool, {(bytes + kPiece - 1) / kPiece}, [&](int64_t i) {
+    fdl::parallel_for(here.pool, {(bytes + kPiece - 1) / kPiece}, [&](int64_t i) {
       const int64_t first = i * kPiece;
       const int64_t length = bytes - first < kPiece ? bytes - first : kPiece;
       kernels->variant.read(static_cast<const char*>(data) + first, length);
     });
     const int64_t elapsed = fdl::now_ns() - begin;
     *gbps = static_cast<double>(bytes) / static_cast<double>(elapsed > 0 ? elapsed : 1);
-    return status;
+    return FDL_OK;
   });
 }
 
 int32_t fdl_probe_peak(fdl_kernels* kernels, double milliseconds, double* gflops) {
   if (!kernels || !gflops || !(milliseconds > 0.0) || milliseconds > 60'000.0) return FDL_E_ARGUMENT;
-  return fdl::guarded(kernels, [&]() -> int32_t {
+  return fdl::guarded(kernels, [&](fdl::Instance& here) -> int32_t {
     // Every thread until the time is over; the sum of their rates, so that a late start does not count against them.
     std::atomic<int64_t> micro_gflops{0};
     const auto length = static_cast<int64_t>(milliseconds * 1e6);
@@ -282,7 +326,7 @@ int32_t fdl_probe_peak(fdl_kernels* kernels, double milliseconds, double* gflops
       } while (elapsed < length);
       micro_gflops.fetch_add(static_cast<int64_t>(operations / static_cast<double>(elapsed) * 1e6));
     };
-    if (!kernels->pool.run(job)) return FDL_E_THREAD;
+    here.pool.run(job);
     *gflops = static_cast<double>(micro_gflops.load()) * 1e-6;
     return FDL_OK;
   });

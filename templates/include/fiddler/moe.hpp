@@ -94,11 +94,10 @@ class MoeLayer {
         combine(call, i * kTokenStep, std::min((i + 1) * kTokenStep, call.tokens));
       });
     };
-    if (alone) {
+    if (alone)
       region(0);
-    } else if (!pool_.run(region)) {
-      return FDL_E_THREAD;
-    }
+    else
+      pool_.run(region);
     if (combining_.total() == 0) combine(call, 0, call.tokens);
     return FDL_OK;
   }

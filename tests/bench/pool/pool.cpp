@@ -8,7 +8,7 @@ extern "C" {
 
 fdl::Pool* pool_open(int32_t threads) {
   auto* pool = new fdl::Pool(threads);
-  return pool->start(nullptr, nullptr) ? pool : nullptr;
+  return pool->start(nullptr, 1, nullptr) ? pool : nullptr;
 }
 
 void pool_close(fdl::Pool* pool) { delete pool; }

@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FDL_ABI_VERSION 5
+#define FDL_ABI_VERSION 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -87,8 +87,10 @@ typedef struct fdl_team {
 } fdl_team;
 
 /* isa: NULL for the first usable of fdl_describe's. threads >= 1 counts the caller. Workers are pinned to cpus[1 .. threads-1]
- * when cpus is not NULL. team: runs the workers; NULL: threads of the kernels' own do. */
-int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, const fdl_team* team, fdl_kernels** out);
+ * when cpus is not NULL. nodes: memory nodes under the threads, thread t on node t * nodes / threads; 1 if that is not known.
+ * team: runs the workers; NULL: threads of the kernels' own do.
+ * In a forked child the first call starts threads of its own, whatever the parent's were doing. */
+int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, int32_t nodes, const fdl_team* team, fdl_kernels** out);
 void fdl_close(fdl_kernels*);
 const char* fdl_isa(const fdl_kernels*);
 
@@ -142,7 +144,7 @@ int32_t fdl_dispatch(const fdl_tables*, const int64_t* topk_ids, int64_t count, 
  * strategy, counts, lane_us, cpu_ns  out, [layers] times what fdl_dispatch gives, and nanoseconds of the CPU lane
  * polled        whether a thread polls `asked`; it looks without a pause while a step is on its way
  * stall_ms      without progress for so long, a step is given up: its status is FDL_E_STALL and `answered` stays open
- * Everything pointed to outlives the step.
+ * Everything pointed to outlives the step, which belongs to the process that opened it: a forked child cannot begin it.
  */
 typedef struct fdl_step fdl_step;
 

@@ -3,10 +3,8 @@
 
 #include <cpuid.h>
 #include <sched.h>
-#include <unistd.h>
 
 #include <cstdint>
-#include <cstdio>
 
 namespace fdl {
 
@@ -52,28 +50,6 @@ inline int usable_cpus() {
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof set, &set) != 0) return 1024;  // more than cpu_set_t holds: not a small machine
   return CPU_COUNT(&set);
-}
-
-// The memory node of a CPU; 0 where the system does not say.
-inline int node_of(int cpu) {
-  constexpr int kMostNodes = 64;
-  for (int node = 0; node < kMostNodes; ++node) {
-    char path[96];
-    std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/node%d", cpu, node);
-    if (access(path, F_OK) == 0) return node;
-  }
-  return 0;
-}
-
-// Memory nodes under threads that run on `cpus`, if the threads of each are neighbours and equally many; otherwise 1.
-inline int nodes_of(const int32_t* cpus, int threads) {
-  int nodes = 1;
-  for (int t = 1; t < threads; ++t) nodes += node_of(cpus[t]) != node_of(cpus[t - 1]);
-  if (threads % nodes != 0) return 1;
-  const int each = threads / nodes;
-  for (int t = 0; t < threads; ++t)
-    if (node_of(cpus[t]) != node_of(cpus[t - t % each])) return 1;
-  return nodes;
 }
 
 }  // namespace fdl

@@ -1,8 +1,8 @@
 // A pool of threads for short parallel regions: they spin briefly between regions, then sleep.
 //
 // The caller of run() is worker 0. The others join a region if they wake in time: work is handed out as tasks (stage.hpp), so a
-// thread that the system runs late delays nobody. Nothing here allocates after construction. After a fork the child starts threads
-// of its own at its next region.
+// thread that the system runs late delays nobody. Nothing here allocates after the start. A pool belongs to the process that
+// started it: a child's has to be another (library.hpp).
 //
 // Or the regions run on a team that is there already: torch's OpenMP threads spin for milliseconds after each of torch's regions,
 // on the CPUs that threads of our own would need, and begin a region of ours at once.
@@ -16,7 +16,6 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <climits>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -37,10 +36,11 @@ class Event {
  public:
   uint32_t value() const { return value_.load(std::memory_order_acquire); }
 
+  // Wakes one sleeper, who wakes two more, and so on: to wake many one after another would take the caller long.
   void advance() {
     value_.fetch_add(1);
     // Both sides are sequentially consistent: either the sleeper is seen here or it sees the new value.
-    if (sleepers_.load() > 0) futex(FUTEX_WAKE_PRIVATE, INT_MAX);
+    if (sleepers_.load() > 0) futex(FUTEX_WAKE_PRIVATE, 1);
   }
 
   // Spins for at most spin_ns before sleeping; soon it offers its CPU to other threads between looks: the one waited for may
@@ -62,7 +62,7 @@ class Event {
     }
     sleepers_.fetch_add(1);
     while (value_.load() == old) futex(FUTEX_WAIT_PRIVATE, old);
-    sleepers_.fetch_sub(1);
+    if (sleepers_.fetch_sub(1) > 1) futex(FUTEX_WAKE_PRIVATE, 2);
   }
 
  private:
@@ -93,8 +93,8 @@ class Pool {
   int nodes() const { return nodes_; }
 
   // Starts the workers, or takes the team's, pinned to cpus[1 ..] unless null. False if a thread could not be started; then
-  // none runs.
-  bool start(const int32_t* cpus, const fdl_team* team) {
+  // none runs. Once.
+  bool start(const int32_t* cpus, int nodes, const fdl_team* team) {
     workers_.reset(new (std::nothrow) Worker[threads_]);
     gates_.reset(new (std::nothrow) Gate[divide_up(threads_, kGroup)]);
     if (!workers_ || !gates_) return false;
@@ -103,8 +103,7 @@ class Pool {
       workers_[i].index = i;
       workers_[i].cpu = cpus ? cpus[i] : -1;
     }
-    nodes_ = cpus ? nodes_of(cpus, threads_) : 1;
-    process_ = getpid();
+    nodes_ = nodes;
     if (!team) return launch();
     team_ = *team;
     if (cpus) {
@@ -117,20 +116,15 @@ class Pool {
   // Calls job(0) here and job(i) on the workers that come before it has returned; returns when all that came are done.
   // `job` takes its work from shared counters and must not throw. One caller at a time.
   template <class Job>
-  bool run(Job& job) {
-    if (threads_ == 1) {
-      job(0);
-      return true;
-    }
-    if (process_ != getpid() ? !restart_after_fork() : !team_.parallel && started_ != threads_) return false;
+  void run(Job& job) {
+    if (threads_ == 1) return job(0);
     if (team_.parallel) {
       struct Region {
         Job& job;
         int (*thread_num)();
       } region{job, team_.thread_num};
       auto enter = [](void* data) { static_cast<Region*>(data)->job(static_cast<Region*>(data)->thread_num()); };
-      team_.parallel(enter, &region, static_cast<unsigned>(threads_), 0);
-      return true;
+      return team_.parallel(enter, &region, static_cast<unsigned>(threads_), 0);
     }
     call_ = [](void* context, int worker) { (*static_cast<Job*>(context))(worker); };
     context_ = &job;
@@ -142,7 +136,6 @@ class Pool {
     for (Gate* gate = gates_.get(); gate != gates_end(); ++gate) gate->members.fetch_or(kClosed);
     for (Gate* gate = gates_.get(); gate != gates_end(); ++gate)
       wait_until([gate] { return gate->members.load() == kClosed; });
-    return true;
   }
 
   // Returns when done() is true, which another thread makes it soon. Offers this CPU to others meanwhile: that thread may
@@ -218,7 +211,7 @@ class Pool {
   }
 
   void stop() {
-    if (process_ == getpid() && started_ > 1) {
+    if (started_ > 1) {
       stopping_.store(true, std::memory_order_release);
       for (Gate* gate = gates_.get(); gate != gates_end(); ++gate) gate->start.advance();
       for (int i = 1; i < started_; ++i) pthread_join(workers_[i].thread, nullptr);
@@ -226,20 +219,10 @@ class Pool {
     started_ = 1;
   }
 
-  // The parent's threads do not exist in a child, and its counters may have been caught in the middle of a region.
-  // Neither does the team in a child of GNU OpenMP's, which would wait for it.
-  bool restart_after_fork() {
-    process_ = getpid();
-    team_ = {};
-    for (Gate* gate = gates_.get(); gate != gates_end(); ++gate) new (gate) Gate;
-    return launch();
-  }
-
   const int threads_;
   fdl_team team_{};
   int nodes_ = 1;
   int started_ = 1;
-  pid_t process_ = 0;
   bool oversubscribed_ = false;
   std::unique_ptr<Worker[]> workers_;
   std::unique_ptr<Gate[]> gates_;

@@ -6,6 +6,9 @@
 // no progress, and opens `answered` for good, so that the stream runs on to its end.
 #pragma once
 
+#include <sys/types.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -66,12 +69,15 @@ struct fdl_step {
     int32_t row;
   };
   Layer* layer(int32_t row) { return row >= 0 && row < setup_.layers ? &layers_[static_cast<size_t>(row)] : nullptr; }
+  // Whether the step's threads exist: in a forked child they do not.
+  bool alive() const { return process_ == getpid(); }
   bool takes(int64_t tokens) const { return tokens > 0 && tokens <= setup_.most_tokens; }
 
   int32_t status() const { return status_.load(); }
 
   int32_t begin(int64_t tokens) {
     if (status() != FDL_OK) return status();
+    if (!alive()) return FDL_E_THREAD;
     tokens_ = tokens;
     served_.store(0);
     steps_.fetch_add(1);
@@ -178,6 +184,7 @@ struct fdl_step {
     if (watchdog_.joinable()) watchdog_.join();
   }
 
+  const pid_t process_ = getpid();
   fdl_kernels* const kernels_;
   const fdl_step_setup setup_;
   std::vector<Layer> layers_;

@@ -1,0 +1,107 @@
+"""Weights lie on the memory node whose threads read them: who packs a block and who computes with it, counted.
+
+On a machine with one node the nodes are only said; that pages lie where they are first written is the system's part.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kernel_samples import ISAS, Expert, library, open_isa, random_expert, run_moe
+
+from fiddler_runtime.build import find_toolchain
+from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.makespan import CPU, SPLIT
+from fiddlerc.codegen import generate
+
+SOURCE = Path(__file__).with_name("near_memory.cpp")
+SHAPES = {"small": (256, 256), "large": (512, 2048)}  # an expert of few tasks, dealt out with others; one of many
+
+
+Run = Callable[[int, int, int], tuple[int, int]]
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """run(tokens, nodes, readers): blocks that are read on the node which packed them, and others."""
+    folder = tmp_path_factory.mktemp("near")
+    generate(*SHAPES[request.param], ("scalar",)).write(folder)
+    driver = folder / "near_memory"
+    command = [str(find_toolchain().compiler), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    subprocess.run(
+        [*command, f"-I{folder}", f"-I{folder / 'include'}", str(SOURCE), "-o", str(driver)], check=True, timeout=300
+    )
+
+    def counts(tokens: int, nodes: int, readers: int) -> tuple[int, int]:
+        command = [str(driver), str(tokens), str(nodes), str(readers)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+        near, far = (int(line.split()[1]) for line in done.stdout.splitlines())
+        return near, far
+
+    return counts
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+@pytest.mark.parametrize("tokens", [8, 64, 2400])
+def test_blocks_are_read_where_they_were_packed(run: Run, tokens: int, nodes: int) -> None:
+    """But for some at the borders between threads, and what a thread that was early did for another."""
+    near, far = run(tokens, nodes, nodes)
+    assert far <= 0.2 * (near + far), (near, far)
+
+
+@pytest.mark.parametrize("run", ["small"], indirect=True)
+def test_without_nodes_they_are_not(run: Run) -> None:
+    """Small experts go to one thread after the other then, wherever they lie."""
+    near, far = run(64, 2, 1)
+    assert far >= 0.3 * (near + far), (near, far)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_nodes_change_no_bit(isa: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shape = SHAPES["large"]
+    experts: list[Expert | None] = [random_expert(shape, generator) for _ in range(3)]
+    hidden = torch.randn(700, shape[0], generator=generator).bfloat16()
+    ids, weights = torch.randint(3, (700, 2), generator=generator), torch.rand(700, 2, generator=generator)
+    strategy = np.array([CPU, SPLIT, CPU], np.uint8)
+    with open_isa(shape, isa, threads=1) as alone:
+        expected = {
+            (tokens, rows): run_moe(alone, experts, hidden[:tokens], ids[:tokens], weights[:tokens], strategy, rows)
+            for tokens in (1, 40, 700)
+            for rows in (0, 320)
+        }
+        isa_library = alone.library
+    for cpus in ([[0, 1]], [[0], [1]], [[0, 1], [0, 1]], [[0], [1], [0], [1]]):
+        with isa_library.open(isa, sum(map(len, cpus)), cpus=cpus) as kernels:
+            for (tokens, rows), result in expected.items():
+                part = hidden[:tokens], ids[:tokens], weights[:tokens]
+                assert torch.equal(run_moe(kernels, experts, *part, strategy, rows), result), (cpus, tokens, rows)
+
+
+def test_threads_run_where_they_are_told_to() -> None:
+    here = sorted(os.sched_getaffinity(0))
+    first, last = here[0], here[-1]
+    built, before = library(8, 24), os.listdir("/proc/self/task")
+    with built.open(threads=4, cpus=((first, first), (last, last))):
+        patience = time.monotonic() + 10
+        while True:  # a thread pins itself when it has started
+            workers = sorted(set(os.listdir("/proc/self/task")) - set(before), key=int)
+            allowed = [sorted(os.sched_getaffinity(int(worker))) for worker in workers]
+            if sorted(allowed) == sorted([[first], [last], [last]]) or time.monotonic() > patience:
+                break
+            time.sleep(0.01)
+        assert sorted(os.sched_getaffinity(0)) == here, "the caller's thread is its own business"
+    assert allowed == [[first], [last], [last]]
+
+
+def test_uneven_nodes_are_refused() -> None:
+    for cpus in ([[0], [0, 1]], [[0]], [[0, 1], [0, 1]], []):
+        with pytest.raises(FiddlerError, match=r"cannot pin the kernel's threads.*equally many of each node"):
+            library(8, 24).open(threads=3, cpus=cpus)
