@@ -21,6 +21,9 @@ from fiddlerc.ir import Activation, KernelSources
 # (hidden, intermediate), with tails of every kind: odd, below one block, several depth blocks.
 SHAPES = ((8, 24), (129, 40), (41, 2880), (768, 33), (2880, 129), (256, 1408))
 
+# Activations and biases beside plain SwiGLU.
+FORMS: tuple[tuple[Activation, bool], ...] = (("silu", True), ("gptoss", True), ("gelu", False), ("gelu_tanh", True))
+
 
 @functools.cache
 def library(
@@ -141,17 +144,17 @@ def before(activation: Activation, gate: torch.Tensor) -> torch.Tensor:
 
 
 def reference(
-    expert: Expert, hidden: torch.Tensor, activation: Activation = "silu"
+    expert: Expert, hidden: torch.Tensor, activation: Activation = "silu", tiny: float = 2.0**-126
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 result with the intermediate rounded to bf16, and how far a correct kernel may be from it.
 
-    A sum of n fp32 terms is within n * 2^-24 * sum(|terms|). That error may push an intermediate over a rounding
-    boundary of bf16, so each may be any bf16 between the roundings of its ends. VDPBF16PS flushes denormals: 2^-126 a
-    term.
+    A sum of n fp32 terms is within n * (2^-24 * sum(|terms|) + tiny). That error may push an intermediate over a
+    rounding boundary of bf16, so each may be any bf16 between the roundings of its ends.
+    tiny  2^-126: VDPBF16PS takes denormals for zero. 2^-149, where they are kept, is their last bit
     """
     x, gate, up, down = (t.double() for t in (hidden, expert.gate, expert.up, expert.down))
     gate_bias, up_bias, down_bias = (b.double() for b in expert.biases or (torch.zeros(1),) * 3)
-    unit, tiny = 2.0**-24, 2.0**-126
+    unit = 2.0**-24
     terms, depth = expert.gate.shape[1] + 1, expert.gate.shape[0] + 1
     g, u = x @ gate.T + gate_bias, x @ up.T + up_bias
     g_error = terms * (unit * (x.abs() @ gate.abs().T + gate_bias.abs()) + tiny)
@@ -160,7 +163,11 @@ def reference(
     slope = activated(activation, g, torch.ones_like(u)).abs()  # of up, at most twice that: gptoss counts from -1
     # No activation's slope in the gate is over 1.13. Exponential, division and products round to 16 units together;
     # what rounds before the exponential counts as often as its argument is large.
-    error = 1.13 * g_error * (u.abs() + u_error + 1) + slope * u_error + (16 + before(activation, g)) * unit * h.abs()
+    error = (
+        1.13 * g_error * (u.abs() + u_error + (activation == "gptoss"))
+        + slope * u_error
+        + (16 + before(activation, g)) * unit * h.abs()
+    )
     rounded = h.bfloat16().double()
     h_error = torch.maximum(
         ((h + error).bfloat16().double() - rounded).abs(), ((h - error).bfloat16().double() - rounded).abs()

@@ -14,6 +14,7 @@ from fiddler_runtime.plan import read_plan
 from fiddlerc import pipeline
 from fiddlerc.cli import run_command_line
 
+CATALOG = Path(__file__).parents[2] / "fiddlerc" / "hardware" / "catalog"
 DEMO = Path(__file__).parents[2] / "examples" / "tiny-mixtral"
 
 
@@ -59,6 +60,21 @@ def test_the_first_pages_line_works_as_written(
     assert "mixtral-8x7b-a100" in captured.out
     assert "data sheet" in captured.out + captured.err
     assert read_plan(tmp_path / "mixtral-8x7b-a100").header.hardware.provenance == "data sheet"
+
+
+def test_kernels_are_cut_for_the_caches_in_the_hardware_file(tmp_path: Path) -> None:
+    """Whatever machine compiles."""
+    hardware = json.loads((CATALOG / "a100.json").read_text())
+    found = {}
+    for l2_bytes in (256 << 10, 512 << 10, 2 << 20):
+        hardware["machine"]["l2_bytes"] = l2_bytes
+        (tmp_path / "hw.json").write_text(json.dumps(hardware))
+        plan = compile_demo(tmp_path / f"{l2_bytes}", model="mixtral", hardware=str(tmp_path / "hw.json")).plan
+        found[l2_bytes] = {v.isa: v.blocking.k_block for v in plan.header.kernels.variants if v.isa != "amx_bf16"}
+        (source,) = (tmp_path / f"{l2_bytes}" / "kernels").glob("*avx512bf16.cpp")
+        assert f"kDepthPairs = {found[l2_bytes]['avx512_bf16'] // 2};" in source.read_text()
+    small, middle, large = found.values()
+    assert all(small[isa] < middle[isa] < large[isa] for isa in small), found
 
 
 def test_dump_dir_holds_every_stage_in_order(tmp_path: Path) -> None:

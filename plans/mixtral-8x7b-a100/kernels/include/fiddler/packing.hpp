@@ -63,7 +63,7 @@ inline void pack_lanes(const uint16_t* const* outputs, int64_t stride, int64_t i
 }
 
 // Sixteen rows are read from end to end, side by side, which the hardware prefetches; a packed row gets a whole cache line of
-// theirs at a time, past the caches: it is not read before, and nobody needs it soon (docs/kernels.md has what that gives;
+// theirs at a time, past the caches: it is not read before, and nobody needs it soon (docs/runtime.md, Packed caches, has what that gives;
 // the same with AVX-512 gave 5 to 10 % more, not worth a variant for each instruction set).
 inline int64_t pack_rows(const uint16_t* const* outputs, int64_t inputs, uint32_t* out) {
   const int64_t vectors = inputs / 2 / 4 * 4;
