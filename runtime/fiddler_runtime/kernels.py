@@ -166,7 +166,7 @@ class KernelLibrary:
         nodes = 1
         if cpus is not None:
             nodes = len(cpus)
-            if [len(of_node) * nodes for of_node in cpus] != [count] * nodes or not nodes:
+            if {len(of_node) * nodes for of_node in cpus} != {count}:
                 raise FiddlerError(
                     "cannot pin the kernel's threads",
                     found=f"CPUs by node: {[list(of_node) for of_node in cpus]}",

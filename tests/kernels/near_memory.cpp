@@ -3,30 +3,21 @@
 // A library whose variant only notes who reads which weights, on four threads that this program numbers itself. Packing takes its
 // threads to be on NODES nodes, the layer on READERS: the same, or another for comparison. Prints "near COUNT" and "far COUNT":
 // blocks read on the node that packed them, and on another.
-#include <sys/types.h>
-#include <unistd.h>
-
-#include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <map>
-#include <memory>
 #include <mutex>
-#include <new>
 #include <thread>
 #include <vector>
 
-#include "fiddler/layout.hpp"
 #include "fiddler/packing.hpp"
+#include "team.hpp"
 
 namespace {
 
 constexpr int kThreads = 4;
-thread_local int number = 0;  // of this thread in its team
 std::mutex mutex;
 using Notes = std::multimap<const void*, int>;  // a block's address, a thread's number
 Notes packed, computed;
@@ -35,7 +26,7 @@ Notes packed, computed;
 void note(Notes& notes, const void* block) {
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    notes.emplace(block, number);
+    notes.emplace(block, team::number);
   }
   std::this_thread::sleep_for(std::chrono::microseconds(500));
 }
@@ -64,21 +55,9 @@ const char kDescription[] = "";
 
 namespace {
 
-void parallel(void (*work)(void*), void* data, unsigned threads, unsigned) {
-  std::vector<std::thread> others;
-  for (unsigned t = 1; t < threads; ++t)
-    others.emplace_back([=] {
-      number = static_cast<int>(t);
-      work(data);
-    });
-  work(data);
-  for (std::thread& other : others) other.join();
-}
-
 fdl_kernels* open(int nodes) {
-  const fdl_team team{parallel, [] { return number; }};
   fdl_kernels* kernels = nullptr;
-  if (fdl_open(nullptr, kThreads, nullptr, nodes, &team, &kernels) != FDL_OK) std::exit(1);
+  if (fdl_open(nullptr, kThreads, nullptr, nodes, &team::kTeam, &kernels) != FDL_OK) std::exit(1);
   return kernels;
 }
 

@@ -12,6 +12,7 @@
 
 #include "fiddler/abi.h"
 #include "shape.hpp"
+#include "team.hpp"
 
 namespace {
 
@@ -194,19 +195,6 @@ void steps(fdl_kernels* kernels) {
   }
 }
 
-// Threads that are there already, as an OpenMP runtime's.
-thread_local int number = 0;
-void parallel(void (*work)(void*), void* data, unsigned threads, unsigned) {
-  std::vector<std::thread> others;
-  for (unsigned t = 1; t < threads; ++t)
-    others.emplace_back([=] {
-      number = static_cast<int>(t);
-      work(data);
-    });
-  work(data);
-  for (std::thread& other : others) other.join();
-}
-
 // Children that are forked while another thread computes. It allocates nothing: the address sanitizer's heap does not survive
 // a fork within.
 void forks(fdl_kernels* kernels) {
@@ -234,7 +222,6 @@ void forks(fdl_kernels* kernels) {
 }  // namespace
 
 int main() {
-  const fdl_team team{parallel, [] { return number; }};
   const int32_t cpus[] = {0, 1, 0, 1};
   dispatches();
   for (const char* isa : {"avx512_bf16", "avx512f", "avx2", "scalar", "amx_bf16"}) {
@@ -247,7 +234,7 @@ int main() {
     fdl_kernels* near = nullptr;
     fdl_kernels* teamed = nullptr;
     require(fdl_open(isa, 3, nullptr, 1, nullptr, &one) == FDL_OK && fdl_open(isa, 2, nullptr, 1, nullptr, &other) == FDL_OK &&
-                fdl_open(isa, 4, cpus, 2, nullptr, &near) == FDL_OK && fdl_open(isa, 3, nullptr, 1, &team, &teamed) == FDL_OK,
+                fdl_open(isa, 4, cpus, 2, nullptr, &near) == FDL_OK && fdl_open(isa, 3, nullptr, 1, &team::kTeam, &teamed) == FDL_OK,
             "open");
     // Two engines beside each other, and two callers of the same one.
     std::thread first([&] { layers(one, 1); }), second([&] { layers(other, 2); });

@@ -13,6 +13,7 @@ from fiddler_runtime.machine import KNOWN_ISAS, missing_flags
 from fiddlerc.codegen import generate
 
 DRIVER = Path(__file__).with_name("driver.cpp")
+TEAM = Path(__file__).parents[1] / "kernels"
 # Tails in both sizes, whole lines of results, more than one block, and small enough to be quick without optimisation.
 SHAPE = (80, 200)
 
@@ -31,7 +32,7 @@ def test_nothing_is_found(sanitizer: str, tmp_path: Path) -> None:
         # The linker script hides what the sanitizer's runtime looks for; everything is linked shared for its sake.
         [*configure, "-DFIDDLER_STATIC_RUNTIME=OFF", "-DCMAKE_BUILD_TYPE=None"],
         [program, "--build", str(build), "--parallel", "2"],
-        ["c++", "-std=c++17", *flags, str(DRIVER), f"-I{kernels}", f"-I{kernels}/include",
+        ["c++", "-std=c++17", *flags, str(DRIVER), f"-I{kernels}", f"-I{kernels}/include", f"-I{TEAM}",
          "-o", str(build / "driver"), f"-L{build}", f"-l{sources.spec.name}", f"-Wl,-rpath,{build}", "-pthread"],
         [str(build / "driver")],
     ):  # fmt: skip

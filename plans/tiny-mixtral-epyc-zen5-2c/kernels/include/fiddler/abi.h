@@ -87,7 +87,8 @@ typedef struct fdl_team {
 } fdl_team;
 
 /* isa: NULL for the first usable of fdl_describe's. threads >= 1 counts the caller. Workers are pinned to cpus[1 .. threads-1]
- * when cpus is not NULL. nodes: memory nodes under the threads, thread t on node t * nodes / threads; 1 if that is not known.
+ * when cpus is not NULL. nodes: memory nodes under the threads, thread t on node t * nodes / threads; it divides
+ * threads, and is 1 if that is not known.
  * team: runs the workers; NULL: threads of the kernels' own do.
  * In a forked child the first call starts threads of its own, whatever the parent's were doing. */
 int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, int32_t nodes, const fdl_team* team, fdl_kernels** out);
