@@ -15,17 +15,17 @@ struct Scalar {
   using Inputs = Vector;
   static constexpr int kLanes = 4;
   static constexpr int kSteps = 2;  // the even input, then the odd one
+  static constexpr int kPairsAtOnce = 1;
   static constexpr int kBurnSums = 8;
   static constexpr double kFlops = 2.0 * kLanes;
 
-  template <int kStep, int>
-  static inline Weights load(const uint32_t* from) {
+  template <int kStep>
+  static inline void load(const uint32_t* from, Weights& weights) {
     typedef uint32_t Bits __attribute__((vector_size(16)));
     Bits both;
     __builtin_memcpy(&both, from, sizeof both);
-    Weights weights = (Vector)(kStep == 0 ? both << 16 : both & 0xffff0000u);
+    weights = (Vector)(kStep == 0 ? both << 16 : both & 0xffff0000u);
     asm volatile("" : "+x"(weights));
-    return weights;
   }
   template <int kStep>
   static inline Inputs broadcast(const Element* pair) {

@@ -14,16 +14,17 @@ struct Avx512f {
   using Inputs = __m512;
   static constexpr int kLanes = 16;
   static constexpr int kSteps = 2;  // the even input, then the odd one
+  static constexpr int kPairsAtOnce = 1;
   static constexpr int kBurnSums = 24;
   static constexpr double kFlops = 2.0 * kLanes;
 
-  template <int kStep, int>
-  static inline Weights load(const uint32_t* from) {
+  template <int kStep>
+  static inline void load(const uint32_t* from, Weights& weights) {
     // Vector operators, not intrinsics: GCC 12 warns about its own _mm512_slli_epi32 (GCC bug 105593).
     typedef uint32_t Bits __attribute__((vector_size(64)));
     Bits both;
     __builtin_memcpy(&both, from, sizeof both);
-    return (__m512)(kStep == 0 ? both << 16 : both & 0xffff0000u);
+    weights = (__m512)(kStep == 0 ? both << 16 : both & 0xffff0000u);
   }
   template <int kStep>
   static inline Inputs broadcast(const Element* pair) {

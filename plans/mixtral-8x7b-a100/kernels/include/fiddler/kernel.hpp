@@ -7,9 +7,10 @@
 //   Element             of the activations: uint16_t (bf16) or float
 //   kLanes              outputs per vector
 //   kSteps              multiply_adds that it takes for a pair of inputs
+//   kPairsAtOnce        pairs of one step of a loop: its own instructions weigh where the multiplies of a pair are few
 //   Vector              kLanes fp32 sums
-//   Weights load<step, taken>(const uint32_t*)  of a pair of inputs for kLanes outputs, what that step multiplies; so many
-//                       registers are taken by the tile
+//   void load<step>(const uint32_t*, Weights&)  of a pair of inputs for kLanes outputs, what that step multiplies; the
+//                       second step finds there what a first one left, of whichever outputs
 //   Inputs broadcast<step>(const Element*)     of one token's pair of inputs, to all lanes
 //   Vector multiply_add(Vector, Weights, Inputs)
 //   void store_past_caches(float*, Vector)     to a multiple of its size
@@ -53,26 +54,23 @@ struct Fetch {
 };
 
 // One step of a pair of inputs. A step holds its own weights alone, or, if that is less, its own inputs: the registers are
-// the sums'.
+// the sums'. `weights` are the other step's.
 template <class Isa, int64_t kStride, int kStep, int M, int N>
-[[gnu::always_inline]] inline void multiply(typename Isa::Vector (&acc)[M][N], const typename Isa::Element* x,
-                                            const uint32_t* w) {
-  constexpr int kTaken = M * N + (M < N ? M : N) + 1;  // registers
-
+[[gnu::always_inline]] inline void multiply(typename Isa::Vector (&acc)[M][N], typename Isa::Weights (&weights)[N],
+                                            const typename Isa::Element* x, const uint32_t* w) {
   if constexpr (M < N) {
     typename Isa::Inputs inputs[M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) inputs[m] = Isa::template broadcast<kStep>(x + m * kStride);
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
-      const typename Isa::Weights weights = Isa::template load<kStep, kTaken>(w + n * Isa::kLanes);
+      Isa::template load<kStep>(w + n * Isa::kLanes, weights[0]);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) acc[m][n] = Isa::multiply_add(acc[m][n], weights, inputs[m]);
+      for (int m = 0; m < M; ++m) acc[m][n] = Isa::multiply_add(acc[m][n], weights[0], inputs[m]);
     }
   } else {
-    typename Isa::Weights weights[N];
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) weights[n] = Isa::template load<kStep, kTaken>(w + n * Isa::kLanes);
+    for (int n = 0; n < N; ++n) Isa::template load<kStep>(w + n * Isa::kLanes, weights[n]);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const typename Isa::Inputs inputs = Isa::template broadcast<kStep>(x + m * kStride);
@@ -82,15 +80,40 @@ template <class Isa, int64_t kStride, int kStep, int M, int N>
   }
 }
 
+// A pair of inputs at each of kPlaces places, `pairs` from one to the next, and on to the next one. Fetches `kFetch` cache
+// lines for each.
+template <class Isa, int64_t kStride, int kPlaces, int kFetch, int M, int N>
+[[gnu::always_inline]] inline void add_pair(typename Isa::Vector (&acc)[M][N], const typename Isa::Element*& x,
+                                            const uint32_t*& w, int64_t pairs, const char*& fetch) {
+#pragma GCC unroll 4
+  for (int place = 0; place < kPlaces; ++place) {
+#pragma GCC unroll 2
+    for (int line = 0; line < kFetch; ++line)
+      __builtin_prefetch(fetch + place * pairs * fdl::kRowBytes + 64 * line, 0, 2);
+  }
+  if (kFetch) fetch += 64 * kFetch;
+#pragma GCC unroll 4
+  for (int place = 0; place < kPlaces; ++place) {
+    const typename Isa::Element* x_at = x + 2 * place * pairs;
+    const uint32_t* w_at = w + place * pairs * fdl::kLanes;
+    if (place) asm("" : "+r"(x_at), "+r"(w_at));  // or GCC 12 adds each vector's offset by itself
+    typename Isa::Weights weights[N];
+    multiply<Isa, kStride, 0>(acc, weights, x_at, w_at);
+    if constexpr (Isa::kSteps == 2) multiply<Isa, kStride, 1>(acc, weights, x_at, w_at);
+  }
+  w += fdl::kLanes;
+  x += 2;
+}
+
 // Sums of M tokens' rows by N vectors of a block's rows, added to `from` if that is given; all sums in registers. The tokens
-// lie kStride elements apart, a constant, so that one register holds all their addresses. Takes a pair of kPlaces places in
-// turn, `pairs` from one to the next, and fetches `kFetch` cache lines for it.
+// lie kStride elements apart, a constant, so that one register holds all their addresses. `pairs` at each of kPlaces places.
 template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
 [[gnu::always_inline]] inline void sum_strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs,
                                              const float* from, float* to, Fetch fetch) {
   using Vector = typename Isa::Vector;
   // Sums in memory. Not memcpy, which takes the address of a sum: GCC 12 then keeps some on the stack.
   typedef Vector Stored __attribute__((aligned(4), may_alias));
+  constexpr int kAtOnce = kPlaces > 1 ? 1 : Isa::kPairsAtOnce;
   Vector acc[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
@@ -100,21 +123,12 @@ template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
   }
   int64_t p = 0, end = kFetch ? fetch.pairs : pairs;
   for (int part = 0; part < 1 + (kFetch > 1); ++part, end = pairs, fetch.at = fetch.then) {
-    for (; p < end; ++p, w += fdl::kLanes, x += 2) {
+    for (; p + kAtOnce <= end; p += kAtOnce) {
 #pragma GCC unroll 4
-      for (int place = 0; place < kPlaces; ++place) {
-#pragma GCC unroll 2
-        for (int line = 0; line < kFetch; ++line)
-          __builtin_prefetch(fetch.at + place * pairs * fdl::kRowBytes + 64 * line, 0, 2);
-      }
-      if (kFetch) fetch.at += 64 * kFetch;
-#pragma GCC unroll 4
-      for (int place = 0; place < kPlaces; ++place) {
-        const int64_t rows = place * pairs;
-        multiply<Isa, kStride, 0>(acc, x + 2 * rows, w + rows * fdl::kLanes);
-        if constexpr (Isa::kSteps == 2) multiply<Isa, kStride, 1>(acc, x + 2 * rows, w + rows * fdl::kLanes);
-      }
+      for (int pair = 0; pair < kAtOnce; ++pair)
+        add_pair<Isa, kStride, kPlaces, kFetch>(acc, x, w, pairs, fetch.at);
     }
+    for (; kAtOnce > 1 && p < end; ++p) add_pair<Isa, kStride, kPlaces, kFetch>(acc, x, w, pairs, fetch.at);
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
@@ -298,7 +312,8 @@ inline double burn(int64_t steps) {
   typename Isa::Element one[2] = {};
   uint32_t lanes[Isa::kLanes] = {};
   asm volatile("" : : "r"(one), "r"(lanes) : "memory");
-  typename Isa::Weights weights = Isa::template load<0, kSums + 2>(lanes);
+  typename Isa::Weights weights;
+  Isa::template load<0>(lanes, weights);
   typename Isa::Inputs inputs = Isa::template broadcast<0>(one);
   for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 32

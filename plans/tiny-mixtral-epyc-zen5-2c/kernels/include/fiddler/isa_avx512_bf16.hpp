@@ -14,14 +14,14 @@ struct Avx512Bf16 {
   using Inputs = __m512i;
   static constexpr int kLanes = 16;
   static constexpr int kSteps = 1;
+  static constexpr int kPairsAtOnce = 1;
   static constexpr int kBurnSums = 24;
   static constexpr double kFlops = 4.0 * kLanes;
 
-  template <int, int>
-  static inline Weights load(const uint32_t* from) {
-    Weights weights = _mm512_loadu_si512(from);
+  template <int>
+  static inline void load(const uint32_t* from, Weights& weights) {
+    weights = _mm512_loadu_si512(from);
     asm("" : "+v"(weights));  // in a register: GCC 12 loads them again for every token
-    return weights;
   }
   template <int>
   static inline Inputs broadcast(const Element* pair) {
