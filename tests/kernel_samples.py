@@ -16,7 +16,7 @@ from fiddler_runtime.machine import KNOWN_ISAS, missing_flags
 from fiddlerc.codegen import generate
 from fiddlerc.codegen.selection import most_of_one_pass
 from fiddlerc.codegen.targets import TARGETS
-from fiddlerc.ir import Activation, KernelSources
+from fiddlerc.ir import Activation, KernelSources, Machine
 
 # (hidden, intermediate), with tails of every kind: odd, below one block, several depth blocks.
 SHAPES = ((8, 24), (129, 40), (41, 2880), (768, 33), (2880, 129), (256, 1408))
@@ -32,8 +32,9 @@ def library(
     isas: tuple[str, ...] | None = None,
     activation: Activation = "silu",
     bias: bool = False,
+    machine: Machine | None = None,
 ) -> KernelLibrary:
-    sources = generate(hidden, intermediate, isas, activation=activation, bias=bias)
+    sources = generate(hidden, intermediate, isas, activation=activation, bias=bias, machine=machine)
     with tempfile.TemporaryDirectory() as folder:
         return KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)
 

@@ -8,11 +8,11 @@ from ..ir import ExpertForm, Machine
 from .names import format_name, format_symbol, parse_name, parse_symbol
 from .render import generate
 from .selection import Candidate, finalists, select
-from .targets import TARGETS
+from .targets import target_on
 
 __all__ = ["KNOWN_ISAS", "candidates", "format_name", "format_symbol", "generate", "parse_name", "parse_symbol"]
 
 
 def candidates(isa: str, expert: ExpertForm, machine: Machine) -> tuple[tuple[str, Candidate], ...]:
     """An instruction set's blockings that are worth measuring, the cost model's choice first (selection.py)."""
-    return finalists(select(TARGETS[isa], expert, machine))
+    return finalists(select(target_on(isa, machine), expert, machine))

@@ -14,7 +14,7 @@ from fiddler_runtime.machine import KNOWN_ISAS
 from ..ir import Activation, Blocking, ExpertForm, KernelSources, KernelSpec, KernelVariant, Machine
 from .names import format_name, format_symbol
 from .selection import UNIT_TOKENS, select
-from .targets import TARGETS, Target
+from .targets import TARGETS, Target, target_on
 
 _LARGEST = 1 << 20
 _VERBATIM = ("exports.map",)
@@ -34,14 +34,15 @@ def generate(
 
     isas  instruction sets to include, of KNOWN_ISAS; None is all of them. Only with "scalar" among them does the
           library run everywhere.
-    machine  whose caches the kernels are cut for (selection.py); None takes typical ones
+    machine  whose caches the kernels are cut for (selection.py) and whose reads they suit (target_on); None takes
+             typical caches, and for each instruction set CPUs that have no more than it
     blockings  by instruction set, in place of the cost model's choice
     Raises FiddlerError for sizes outside 1 .. 2^20 and for unknown instruction sets.
     """
     for what, size in (("hidden size", hidden_size), ("intermediate size", intermediate_size)):
         if not 1 <= size <= _LARGEST:
             raise FiddlerError(f"cannot generate kernels for this {what}", found=size, expected=f"1 to {_LARGEST}")
-    targets = [TARGETS[isa] for isa in _wanted(isas)]
+    targets = [target_on(isa, machine) for isa in _wanted(isas)]
     expert = ExpertForm(hidden_size, intermediate_size, activation, bias)
     spec = KernelSpec(
         name=format_name(expert),

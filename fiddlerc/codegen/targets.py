@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..ir import Machine
+
 
 @dataclass(frozen=True)
 class Target:
@@ -28,7 +30,7 @@ class Target:
     input_registers   for a token's input in all lanes
     input_loads, input_instructions  to get a pair of them
     multiplies      multiply-unit operations for a token's pair and a vector
-    places          of a block's depth that one pass reads in turn: so many streams from memory
+    places          of a block's depth that one pass reads in turn, so many streams from memory, where AVX-512 lacks
     """
 
     isa: str
@@ -97,9 +99,7 @@ TARGETS: dict[str, Target] = {
             input_instructions=2,
             multiplies=2,
         ),
-        # Shifted for even inputs; for odd ones the upper halves are blended into that, which takes no mask. CPUs that
-        # have no more than this bring four streams from memory faster than one, and one that is fetched
-        # slower: Zen 3 reads 25, 20 and 16 GB/s (docs/kernels.md).
+        # Shifted for even inputs; for odd ones the upper halves are blended into that, which takes no mask.
         Target(
             isa="avx2",
             header="isa_avx2.hpp",
@@ -155,3 +155,13 @@ TARGETS["amx_bf16"] = replace(
     functions="_tiles",
     includes=("amx_tiles.hpp", "isa_avx512_bf16.hpp"),
 )
+
+
+def target_on(isa: str, machine: Machine | None) -> Target:
+    """An instruction set's kernel on that machine, or on one that has no more than it (None).
+
+    CPUs without AVX-512 bring four streams from memory faster than one, and one that is fetched slower: Zen 3 reads 25,
+    20 and 16 GB/s. Zen 5 is 1.1 to 1.9 times as fast with one as with four (docs/kernels.md).
+    """
+    target = TARGETS[isa]
+    return replace(target, places=1) if machine is not None and "avx512f" in machine.isa else target

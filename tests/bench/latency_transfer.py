@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fiddler_runtime.build import build_kernels
 from fiddler_runtime.kernels import KernelLibrary
+from fiddler_runtime.machine import this_machine
 from fiddlerc import codegen, hardware, latency
 
 KNOWN = ((4096, 14336), (2048, 768))
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def library(hidden: int, intermediate: int) -> KernelLibrary:
-    sources = codegen.generate(hidden, intermediate)
+    sources = codegen.generate(hidden, intermediate, machine=this_machine("none"))
     with tempfile.TemporaryDirectory() as folder:
         return KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)
 

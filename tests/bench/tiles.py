@@ -40,7 +40,7 @@ ISAS = tuple(isa for isa in KNOWN_ISAS if not TARGETS[isa].tiles_from)
 
 def build(isa: str, folder: Path) -> tuple[ctypes.CDLL, int]:
     """The library of tiles.cpp for that instruction set, and the most tokens of a tile."""
-    sources = generate(SIZE, SIZE, (isa,))
+    sources = generate(SIZE, SIZE, (isa,), machine=this_machine("none"))
     sources.write(folder)
     variant, target, library = sources.spec.variants[0], TARGETS[isa], folder / "tiles.so"
     subprocess.run(

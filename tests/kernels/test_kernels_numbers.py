@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from kernel_samples import (
 
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import Kernels, make_pointers
+from fiddler_runtime.machine import KNOWN_ISAS, missing_flags, this_machine
 from fiddler_runtime.makespan import CPU, IDLE, RESIDENT, SPLIT, STREAMED
 
 SMALL = (129, 40)
@@ -98,6 +101,23 @@ def test_result_does_not_depend_on_threads_or_other_tokens(isa: str) -> None:
         with open_isa(LARGE, isa, threads) as kernels:
             for _ in range(3):
                 assert torch.equal(together, one_expert(kernels, expert, hidden))
+
+
+@pytest.mark.parametrize("isa", ["avx2", "scalar"])
+def test_cut_for_a_cpu_with_avx512_few_tokens_are_summed_as_many_are(isa: str) -> None:
+    """Which reads one place faster than four (docs/kernels.md): both of a library's cuts are correct everywhere."""
+    if missing := missing_flags(isa):
+        pytest.skip(f"{isa} needs CPU flags that are missing here: {' '.join(missing)}")
+    generator = torch.Generator().manual_seed(15)
+    expert = random_expert(LARGE, generator)
+    hidden = torch.randn(9, LARGE[0], generator=generator).bfloat16()
+    expected, bound = reference(expert, hidden)
+    there = replace(this_machine("none"), isa=KNOWN_ISAS)
+    with library(*LARGE, (isa,), machine=there).open(isa, 2) as kernels:
+        together = one_expert(kernels, expert, hidden)
+        assert ((together - expected).abs() <= bound).all()
+        for tokens in range(1, 5):
+            assert torch.equal(one_expert(kernels, expert, hidden[:tokens]), together[:tokens])
 
 
 @pytest.mark.parametrize("isa", ISAS)

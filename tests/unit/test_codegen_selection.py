@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import Accelerator, Machine
 from fiddlerc.codegen import KNOWN_ISAS, candidates, generate, selection
-from fiddlerc.codegen.targets import TARGETS
+from fiddlerc.codegen.targets import TARGETS, target_on
 from fiddlerc.ir import Blocking, ExpertForm, NarrowTile
 
 MIXTRAL = ExpertForm(4096, 14336)
 
 
-def machine(l1: int, l2: int) -> Machine:
+def machine(l1: int, l2: int, isa: tuple[str, ...] = KNOWN_ISAS) -> Machine:
     none = Accelerator("none", "none", 0, "")
-    return Machine("made-up", 2, KNOWN_ISAS, l1 << 10, l2 << 10, 32 << 20, 1, 16 << 30, none)
+    return Machine("made-up", 2, isa, l1 << 10, l2 << 10, 32 << 20, 1, 16 << 30, none)
 
 
-ZEN4, SAPPHIRE, DESKTOP = machine(32, 1024), machine(48, 2048), machine(32, 512)
+ZEN4, SAPPHIRE, DESKTOP = machine(32, 1024), machine(48, 2048), machine(32, 512, ("avx2", "scalar"))
 
 # The first is what was measured to be best on Zen 4 (docs/kernels.md).
 CHOICES = {
@@ -32,8 +32,8 @@ CHOICES = {
     ("avx512f", "desktop"): Blocking(14, 2, (), 256, 1, 8192),
     ("amx_bf16", "zen4"): Blocking(32, 2, (), 1024, 3, 8192),
     ("amx_bf16", "sapphire"): Blocking(32, 2, (), 2048, 3, 8192),
-    ("avx2", "zen4"): Blocking(6, 2, (NarrowTile(3, 4),), 512, 4, 8192),
-    ("avx2", "sapphire"): Blocking(6, 2, (NarrowTile(3, 4),), 1024, 4, 8192),
+    ("avx2", "zen4"): Blocking(6, 2, (NarrowTile(3, 4),), 512, 1, 8192),
+    ("avx2", "sapphire"): Blocking(6, 2, (NarrowTile(3, 4),), 1024, 1, 8192),
     ("avx2", "desktop"): Blocking(6, 2, (NarrowTile(3, 4),), 256, 4, 8192),
 }
 
@@ -41,7 +41,7 @@ CHOICES = {
 @pytest.mark.parametrize(("isa", "name"), CHOICES)
 def test_known_machines(isa: str, name: str) -> None:
     there = {"zen4": ZEN4, "sapphire": SAPPHIRE, "desktop": DESKTOP}[name]
-    assert selection.select(TARGETS[isa], MIXTRAL, there).blocking == CHOICES[isa, name]
+    assert selection.select(target_on(isa, there), MIXTRAL, there).blocking == CHOICES[isa, name]
 
 
 machines = st.builds(machine, st.sampled_from([16, 32, 48, 64]), st.sampled_from([256, 512, 1024, 1280, 2048, 4096]))
@@ -111,6 +111,15 @@ def test_finalists_differ_from_the_choice_in_one_parameter() -> None:
     assert first == "" and best.blocking == CHOICES["avx512_bf16", "zen4"]
     assert {change.split()[0] for change, _ in others} == {"k_block", "fetch_bytes", "fetch_tokens", "tile"}
     assert len({candidate.blocking for _, candidate in others} | {best.blocking}) == len(others) + 1
+
+
+@pytest.mark.parametrize(("there", "places"), [(ZEN4, 1), (DESKTOP, 4), (None, 4)])
+def test_cpus_without_avx512_read_four_places(there: Machine | None, places: int) -> None:
+    sources = generate(64, 96, ("avx2", "scalar", "avx512f"), machine=there)
+    for variant in sources.spec.variants:
+        wanted = 1 if variant.isa == "avx512f" else places
+        assert f"kPlaces = {wanted};" in sources.files[f"{variant.symbol}.cpp"]
+        assert any(f"reads {places} places" in reason for reason in variant.reasons) == (wanted > 1)
 
 
 def test_what_was_chosen_is_what_is_generated() -> None:

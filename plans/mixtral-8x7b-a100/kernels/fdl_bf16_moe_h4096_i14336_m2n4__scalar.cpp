@@ -7,9 +7,9 @@ namespace {
 
 struct Tile {
   static constexpr int kTokens = 2;
-  static constexpr int kPlaces = 4;
+  static constexpr int kPlaces = 1;
   static constexpr int64_t kDepthPairs = 256;
-  static constexpr int64_t kFetchTokens = 2;
+  static constexpr int64_t kFetchTokens = 1;
   static constexpr int64_t kFetchBytes = 8192;
   // Vectors of outputs beside each other, by tokens: wide where few tokens leave registers free.
   static constexpr int vectors([[maybe_unused]] int tokens) {

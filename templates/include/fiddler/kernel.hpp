@@ -81,7 +81,7 @@ template <class Isa, int64_t kStride, int kStep, int M, int N>
 }
 
 // A pair of inputs at each of kPlaces places, `pairs` from one to the next, and on to the next one. Fetches `kFetch` cache
-// lines for each.
+// lines for each: both of a row that this strip soon reads, to the first-level cache, or one of what others will read.
 template <class Isa, int64_t kStride, int kPlaces, int kFetch, int M, int N>
 [[gnu::always_inline]] inline void add_pair(typename Isa::Vector (&acc)[M][N], const typename Isa::Element*& x,
                                             const uint32_t*& w, int64_t pairs, const char*& fetch) {
@@ -89,7 +89,7 @@ template <class Isa, int64_t kStride, int kPlaces, int kFetch, int M, int N>
   for (int place = 0; place < kPlaces; ++place) {
 #pragma GCC unroll 2
     for (int line = 0; line < kFetch; ++line)
-      __builtin_prefetch(fetch + place * pairs * fdl::kRowBytes + 64 * line, 0, 2);
+      __builtin_prefetch(fetch + place * pairs * fdl::kRowBytes + 64 * line, 0, kFetch > 1 ? 3 : 2);
   }
   if (kFetch) fetch += 64 * kFetch;
 #pragma GCC unroll 4

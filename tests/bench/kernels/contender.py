@@ -15,7 +15,7 @@ from fiddler_runtime import arena
 from fiddler_runtime.build import build_kernels
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary, Kernels, make_pointers
-from fiddler_runtime.machine import missing_flags
+from fiddler_runtime.machine import missing_flags, this_machine
 from fiddlerc.codegen import generate
 
 from .shapes import Shape
@@ -162,8 +162,8 @@ class Ours(Contender):
 
 
 def build_library(shape: Shape) -> KernelLibrary:
-    """This checkout's library for a shape, built or from the cache."""
-    sources = generate(shape.hidden_size, shape.intermediate_size)
+    """This checkout's library for a shape, cut for this machine; built or from the cache."""
+    sources = generate(shape.hidden_size, shape.intermediate_size, machine=this_machine("none"))
     with tempfile.TemporaryDirectory() as folder:
         return KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)
 
