@@ -15,7 +15,6 @@ struct Lanes {
   typedef float Float __attribute__((vector_size(L * 4)));
   typedef uint32_t Bits __attribute__((vector_size(L * 4)));
   typedef int32_t Mask __attribute__((vector_size(L * 4)));
-  typedef uint16_t Half __attribute__((vector_size(L * 2)));
 };
 
 template <class To, class From>
@@ -115,20 +114,20 @@ inline typename Lanes<L>::Float gated(typename Lanes<L>::Float gate, typename La
   }
 }
 
-// L columns of an expert's intermediate as bf16, stored as bf16 or as fp32. bias: of the gate columns, with those of the up
-// columns kGateLanes further; not read where experts have none.
-template <int L, class Element>
-inline void activate(const float* sums, const float* bias, Element* out) {
+// L columns of an expert's intermediate as bf16, stored as the Isa's elements: bf16 or fp32. bias: of the gate columns, with
+// those of the up columns kGateLanes further; not read where experts have none.
+template <class Isa, int L>
+inline void activate(const float* sums, const float* bias, typename Isa::Element* out) {
   auto gate = load<L>(sums), up = load<L>(sums + fdl::kGateLanes);
   if constexpr (fdl::kBias) {
     gate += load<L>(bias);
     up += load<L>(bias + fdl::kGateLanes);
   }
-  const auto rounded = round_bf16<L>(gated<fdl::kActivation, L>(gate, up));
-  if constexpr (sizeof(Element) == 2) {
-    const auto half = __builtin_convertvector(rounded >> 16, typename Lanes<L>::Half);
-    __builtin_memcpy(out, &half, sizeof half);
+  const auto value = gated<fdl::kActivation, L>(gate, up);
+  if constexpr (sizeof(typename Isa::Element) == 2) {
+    Isa::store_bf16(out, (typename Isa::Vector)value);
   } else {
+    const auto rounded = round_bf16<L>(value);
     __builtin_memcpy(out, &rounded, sizeof rounded);
   }
 }

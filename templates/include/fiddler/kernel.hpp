@@ -14,6 +14,7 @@
 //   Inputs broadcast<step>(const Element*)     of one token's pair of inputs, to all lanes
 //   Vector multiply_add(Vector, Weights, Inputs)
 //   void store_past_caches(float*, Vector)     to a multiple of its size
+//   void store_bf16(Element*, Vector)          if Element is bf16: the nearest ones, ties to even, as round_bf16
 //   kFlops              floating-point operations of one multiply_add
 //   kBurnSums           independent sums that keep the multiply units busy
 // A Tile provides
@@ -219,7 +220,7 @@ inline void activate_sums(const fdl::Task& task, const float* sums, int64_t firs
   auto* out = static_cast<Element*>(task.intermediate) + first * kMiddleStride<Isa> + task.intermediate_column;
   for (int64_t m = 0; m < tokens; ++m, sums += fdl::kLanes, out += kMiddleStride<Isa>) {
     for (int column = 0; column < fdl::kGateLanes; column += kWidth)
-      activate<kWidth>(sums + column, fdl::kBias ? task.bias + column : nullptr, out + column);
+      activate<Isa, kWidth>(sums + column, fdl::kBias ? task.bias + column : nullptr, out + column);
     // Infinite inputs make NaN of the padding's 0 * inf; an odd depth's partner must be zero whatever the inputs.
     for (int64_t column = task.columns; column < end; ++column) out[column] = 0;
   }
