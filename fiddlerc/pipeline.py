@@ -589,7 +589,7 @@ def _assumptions(calibration: Calibration, trace: Trace | None, model: ModelSpec
 def _generate(
     form: ExpertForm, machine: Machine, isas: Sequence[str] | None = None, tuning: Tuning | None = None
 ) -> KernelSources:
-    """The kernels of such experts, cut for a machine's caches: as the cost model says, or as was measured."""
+    """The kernels of such experts, cut for a machine: as the cost model says, or as was measured."""
     measured = {} if tuning is None else {tuning.isa: next(c.blocking for c in tuning.candidates if c.chosen)}
     sources = codegen.generate(
         form.hidden_size,

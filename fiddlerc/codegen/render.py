@@ -1,4 +1,5 @@
-"""Renders the templates. The text is a function of the experts' form, the instruction sets and the machine's caches."""
+"""Renders the templates. The text is a function of the experts' form, the instruction sets and the machine: its caches,
+and whether it has AVX-512."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def select(target: Target, expert: ExpertForm, machine: Machine | None) -> Selec
     for tokens, vectors in _tiles(target):
         narrow = _narrow_tiles(target, tokens, vectors)
         for k_block in _k_blocks(target, tokens, vectors, depth, l1, l2, rejected):
-            for fetch_bytes in _fetch_bytes(l2):
+            for fetch_bytes in _fetch_bytes(l1):
                 first = Blocking(tokens, vectors, narrow, k_block, 1, fetch_bytes)
                 for fetch_tokens in range(1, 1 + (target.tiles_from or 1 + most_of_one_pass(target, first))):
                     blocking = replace(first, fetch_tokens=fetch_tokens)
@@ -255,10 +255,10 @@ def _k_blocks(
         yield k_block
 
 
-def _fetch_bytes(l2: int) -> Iterator[int]:
+def _fetch_bytes(l1: int) -> Iterator[int]:
     """Distances that hide the latency several times over, and leave the cache room."""
     for distance in FETCH_BYTES:
-        if distance >= _FETCH_AHEAD * _ROWS_IN_FLIGHT * ROW_BYTES and distance <= l2 // 16:
+        if distance >= _FETCH_AHEAD * _ROWS_IN_FLIGHT * ROW_BYTES and distance <= _L1_SHARE * l1:
             yield distance
 
 

@@ -30,7 +30,8 @@ class Target:
     input_registers   for a token's input in all lanes
     input_loads, input_instructions  to get a pair of them
     multiplies      multiply-unit operations for a token's pair and a vector
-    places          of a block's depth that one pass reads in turn, so many streams from memory, where AVX-512 lacks
+    places          of a block's depth that one pass reads in turn, so many streams from memory; on CPUs with
+                    AVX-512 one (target_on)
     """
 
     isa: str

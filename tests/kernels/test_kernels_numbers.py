@@ -104,16 +104,17 @@ def test_result_does_not_depend_on_threads_or_other_tokens(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ["avx2", "scalar"])
-def test_cut_for_a_cpu_with_avx512_few_tokens_are_summed_as_many_are(isa: str) -> None:
+@pytest.mark.parametrize("shape", [SMALL, LARGE, (768, 33)])  # depths that steps of four pairs do and do not divide
+def test_cut_for_a_cpu_with_avx512_few_tokens_are_summed_as_many_are(shape: tuple[int, int], isa: str) -> None:
     """Which reads one place faster than four (docs/kernels.md): both of a library's cuts are correct everywhere."""
     if missing := missing_flags(isa):
         pytest.skip(f"{isa} needs CPU flags that are missing here: {' '.join(missing)}")
     generator = torch.Generator().manual_seed(15)
-    expert = random_expert(LARGE, generator)
-    hidden = torch.randn(9, LARGE[0], generator=generator).bfloat16()
+    expert = random_expert(shape, generator)
+    hidden = torch.randn(9, shape[0], generator=generator).bfloat16()
     expected, bound = reference(expert, hidden)
     there = replace(this_machine("none"), isa=KNOWN_ISAS)
-    with library(*LARGE, (isa,), machine=there).open(isa, 2) as kernels:
+    with library(*shape, (isa,), machine=there).open(isa, 2) as kernels:
         together = one_expert(kernels, expert, hidden)
         assert ((together - expected).abs() <= bound).all()
         for tokens in range(1, 5):

@@ -61,7 +61,7 @@ def test_every_candidate_fits(isa: str, form: ExpertForm, there: Machine) -> Non
                 assert selection.registers(target, tokens, vectors) <= target.registers
             assert selection.ROW_LANES % (vectors * target.lanes) == 0
         assert selection.working_set(target, cut.k_block) < there.l2_bytes
-        assert cut.fetch_bytes <= there.l2_bytes // 16
+        assert cut.fetch_bytes <= there.l1d_bytes // 2
 
 
 @given(st.sampled_from(KNOWN_ISAS), forms, machines)

@@ -1,7 +1,7 @@
 // What an expert does between its two multiplications, and the rounding to bf16, on vectors of any width.
 //
 // Only IEEE operations that round once (no fused multiply-add, see -ffp-contract=off), in one order: every instruction set
-// gives the same bits.
+// gives the same bits, but for denormals where an Isa's own rounding takes them for zero.
 #pragma once
 
 #include <cstdint>

@@ -76,8 +76,8 @@ class Event {
 
 class Pool {
  public:
-  // How long a worker waits for its next region before it sleeps: about what it then costs to have it back, of the caller's
-  // time and the region's (docs/kernels.md).
+  // How long a worker waits for its next region before it sleeps: a choice, of the order of what it costs to have a
+  // sleeping one back.
   static constexpr int64_t kIdleSpinNs = 50'000;
   // Threads that share a cache line which they write. More would wait for each other on machines with many cores.
   static constexpr int kGroup = 16;

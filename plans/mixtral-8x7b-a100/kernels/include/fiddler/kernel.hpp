@@ -14,7 +14,7 @@
 //   Inputs broadcast<step>(const Element*)     of one token's pair of inputs, to all lanes
 //   Vector multiply_add(Vector, Weights, Inputs)
 //   void store_past_caches(float*, Vector)     to a multiple of its size
-//   void store_bf16(Element*, Vector)          if Element is bf16: the nearest ones, ties to even, as round_bf16
+//   void store_bf16(Element*, Vector)          if Element is bf16: the nearest ones, ties to even; denormals may be zero
 //   kFlops              floating-point operations of one multiply_add
 //   kBurnSums           independent sums that keep the multiply units busy
 // A Tile provides
@@ -55,7 +55,7 @@ struct Fetch {
 };
 
 // One step of a pair of inputs. A step holds its own weights alone, or, if that is less, its own inputs: the registers are
-// the sums'. `weights` are the other step's.
+// the sums'. `weights`: what a first step left.
 template <class Isa, int64_t kStride, int kStep, int M, int N>
 [[gnu::always_inline]] inline void multiply(typename Isa::Vector (&acc)[M][N], typename Isa::Weights (&weights)[N],
                                             const typename Isa::Element* x, const uint32_t* w) {
@@ -129,6 +129,7 @@ template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
       for (int pair = 0; pair < kAtOnce; ++pair)
         add_pair<Isa, kStride, kPlaces, kFetch>(acc, x, w, pairs, fetch.at);
     }
+#pragma GCC unroll 1  // or GCC 12 writes it out again, twice as much code
     for (; kAtOnce > 1 && p < end; ++p) add_pair<Isa, kStride, kPlaces, kFetch>(acc, x, w, pairs, fetch.at);
   }
 #pragma GCC unroll 16

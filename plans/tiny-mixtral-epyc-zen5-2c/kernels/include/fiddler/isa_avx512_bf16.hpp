@@ -32,7 +32,7 @@ struct Avx512Bf16 {
   static inline Vector multiply_add(Vector sum, Weights weights, Inputs inputs) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)inputs);
   }
-  // Takes denormals for zero, as the multiplies would..
+  // Takes denormals for zero, as the multiplies would.
   static inline void store_bf16(Element* to, Vector results) {
     const __m256bh rounded = _mm512_cvtneps_pbh(results);
     __builtin_memcpy(to, &rounded, sizeof rounded);
