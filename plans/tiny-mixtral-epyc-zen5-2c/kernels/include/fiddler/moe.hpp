@@ -105,8 +105,8 @@ class MoeLayer {
  private:
   // Below so many elements one thread copies or adds sooner than several agree to.
   static constexpr int64_t kSerialElements = 32768;
-  // Tokens added up, and rows copied, by one task.
-  static constexpr int64_t kTokenStep = 16, kRowStep = 4;
+  // Tokens added up, and rows copied (some 16 KiB), by one task.
+  static constexpr int64_t kTokenStep = 16, kRowStep = std::max<int64_t>(8192 / kHidden, 1);
   // A layer that reads fewer bytes of weights than this takes one thread some 50 us from memory, less from the cache; another
   // thread has to wake first. One of torch's is awake. Computing on a row takes time as well: about that of reading a 32nd of
   // the weights.
