@@ -30,8 +30,9 @@ LARGE_TOKENS = (24, 32, 48, 64, 128, UNIT_TOKENS)
 
 # What a core takes for a row from memory: 128 bytes at 22 GB/s and 3.7 GHz (AMD Zen 4, both of two cores reading).
 _MEMORY_SLOTS = 21.0
-# Plain loads keep memory busy while this many rows are in an out-of-order window of this many instructions: 31 rows at
-# 40 GB/s, one core reading, are 100 ns of latency (Zen 5, whose window is of 448; Zen 4's of 320).
+# Plain loads keep memory busy while this many rows are in an out-of-order window of this many instructions (Zen 4's;
+# Zen 5's is of 448). The rows are set so that avx512_bf16 fetches from two tokens on, which was found best on Zen 5
+# (docs/kernels.md): at the 40 GB/s of one core they are 100 ns of latency.
 _WINDOW, _ROWS_IN_FLIGHT = 320, 31
 # Prefetch instructions reach a little less than the hardware's own prefetching.
 _FETCH_COST = 1.03

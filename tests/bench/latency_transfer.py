@@ -12,13 +12,11 @@ import argparse
 import dataclasses
 import json
 import sys
-import tempfile
-from pathlib import Path
 
-from fiddler_runtime.build import build_kernels
-from fiddler_runtime.kernels import KernelLibrary
-from fiddler_runtime.machine import this_machine
-from fiddlerc import codegen, hardware, latency
+from fiddlerc import hardware, latency
+
+from .kernels.contender import build_library
+from .kernels.shapes import load_shape
 
 KNOWN = ((4096, 14336), (2048, 768))
 ASKED = ((2048, 1024), (4096, 6400))
@@ -31,7 +29,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     calibration = hardware.measure(
-        {shape: library(*shape) for shape in KNOWN + ASKED},
+        {(h, i): build_library(load_shape(f"{h}x{i}")) for h, i in KNOWN + ASKED},
         quick=arguments.quick,
         accelerator=arguments.accelerator,
         name="transfer",
@@ -51,12 +49,6 @@ def main() -> None:
     print(f"{machine.cpu}, {machine.cores} cores; fitted to {KNOWN}; {calibration.source}")
     for (quantity, hidden, intermediate), (median, worst) in errors.items():
         print(f"{quantity:10} {hidden:5} x {intermediate:5}   median error {median:6.1%}   largest {worst:6.1%}")
-
-
-def library(hidden: int, intermediate: int) -> KernelLibrary:
-    sources = codegen.generate(hidden, intermediate, machine=this_machine("none"))
-    with tempfile.TemporaryDirectory() as folder:
-        return KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ template <int L>
 struct Lanes {
   typedef float Float __attribute__((vector_size(L * 4)));
   typedef uint32_t Bits __attribute__((vector_size(L * 4)));
-  typedef int32_t Mask __attribute__((vector_size(L * 4)));
 };
 
 template <class To, class From>

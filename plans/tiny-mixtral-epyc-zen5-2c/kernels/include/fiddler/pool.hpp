@@ -76,8 +76,8 @@ class Event {
 
 class Pool {
  public:
-  // How long a worker waits for its next region before it sleeps: a choice, of the order of what it costs to have a
-  // sleeping one back.
+  // How long a worker waits for its next region before it sleeps: as long as having a sleeping one back takes, but for
+  // one time in a hundred (docs/kernels.md, Threads).
   static constexpr int64_t kIdleSpinNs = 50'000;
   // Threads that share a cache line which they write. More would wait for each other on machines with many cores.
   static constexpr int kGroup = 16;
