@@ -32,6 +32,9 @@ class Target:
     multiplies      multiply-unit operations for a token's pair and a vector
     places          of a block's depth that one pass reads in turn, so many streams from memory; on CPUs with
                     AVX-512 one (target_on)
+    l2_share        of the second-level cache, for a unit's inputs and sums and two blocks of weights; the rest is left
+                    to the outputs, the stack, and what prefetching brings too early. AVX2's tiles multiply for so
+                    long that some inputs may come from the third level: on Zen 3 twice as deep a block is faster
     """
 
     isa: str
@@ -51,6 +54,7 @@ class Target:
     input_instructions: int
     multiplies: int
     places: int = 1
+    l2_share: float = 0.75
     tiles_from: int = 0
     permit: str = "always"
     functions: str = ""
@@ -119,6 +123,7 @@ TARGETS: dict[str, Target] = {
             input_instructions=2,
             multiplies=2,
             places=4,
+            l2_share=1.25,
         ),
         # Products and sums apart; a broadcast is a load and a shuffle.
         Target(

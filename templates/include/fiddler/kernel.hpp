@@ -23,7 +23,7 @@
 //   kPlaces             of a block's depth that one pass reads in turn: several streams from memory
 //   kDepthPairs         depth block of several passes: its weights and the next one's stay in the second-level cache
 //   kFetchTokens        from so many tokens on one pass fetches the weights ahead of itself
-//   kFetchBytes         how far ahead
+//   kFetchBytes         how far ahead, of all places together
 #pragma once
 
 #include "activation.hpp"
@@ -44,7 +44,7 @@ struct Block {
   int64_t pairs;
   const uint32_t* next;  // what to fetch meanwhile: several passes the next depth block, one pass the next block; or null
   int64_t passes;        // over these weights, in all
-  int64_t pass;          // made so far: if there are several, the first two fetch one half of `next` each
+  int64_t pass;          // made so far: several fetch `next` as evenly as they can
 };
 
 // Where a strip fetches: from `at` on, so many bytes further with each pair; after `pairs` of them from `then` on.
@@ -81,18 +81,25 @@ template <class Isa, int64_t kStride, int kStep, int M, int N>
   }
 }
 
-// A pair of inputs at each of kPlaces places, `pairs` from one to the next, and on to the next one. Fetches `kFetch` cache
-// lines for each: both of a row that this strip soon reads, to the first-level cache, or one of what others will read.
+// What a strip fetches: rows that it soon reads itself, with each pair, to the first-level cache; or, for later passes, so many
+// cache lines with each step of kPairsAtOnce pairs.
+constexpr int kOwnRows = -1;
+
+// A pair of inputs at each of kPlaces places, `pairs` from one to the next, and on to the next one. `at`: which of a step's.
 template <class Isa, int64_t kStride, int kPlaces, int kFetch, int M, int N>
 [[gnu::always_inline]] inline void add_pair(typename Isa::Vector (&acc)[M][N], const typename Isa::Element*& x,
-                                            const uint32_t*& w, int64_t pairs, const char*& fetch) {
+                                            const uint32_t*& w, int64_t pairs, const char*& fetch, int at) {
+  if constexpr (kFetch == kOwnRows) {
 #pragma GCC unroll 4
-  for (int place = 0; place < kPlaces; ++place) {
-#pragma GCC unroll 2
-    for (int line = 0; line < kFetch; ++line)
-      __builtin_prefetch(fetch + place * pairs * fdl::kRowBytes + 64 * line, 0, kFetch > 1 ? 3 : 2);
+    for (int place = 0; place < kPlaces; ++place) {
+      __builtin_prefetch(fetch + place * pairs * fdl::kRowBytes, 0, 3);
+      __builtin_prefetch(fetch + place * pairs * fdl::kRowBytes + 64, 0, 3);
+    }
+    fetch += fdl::kRowBytes;
+  } else if (at * kFetch % Isa::kPairsAtOnce < kFetch) {
+    __builtin_prefetch(fetch, 0, 2);
+    fetch += 64;
   }
-  if (kFetch) fetch += 64 * kFetch;
 #pragma GCC unroll 4
   for (int place = 0; place < kPlaces; ++place) {
     const typename Isa::Element* x_at = x + 2 * place * pairs;
@@ -122,15 +129,15 @@ template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
     for (int n = 0; n < N; ++n)
       acc[m][n] = from ? *reinterpret_cast<const Stored*>(from + m * fdl::kLanes + n * Isa::kLanes) : Vector{};
   }
-  int64_t p = 0, end = kFetch ? fetch.pairs : pairs;
-  for (int part = 0; part < 1 + (kFetch > 1); ++part, end = pairs, fetch.at = fetch.then) {
+  int64_t p = 0, end = kFetch == kOwnRows ? fetch.pairs : pairs;
+  for (int part = 0; part < 1 + (kFetch == kOwnRows); ++part, end = pairs, fetch.at = fetch.then) {
     for (; p + kAtOnce <= end; p += kAtOnce) {
 #pragma GCC unroll 4
       for (int pair = 0; pair < kAtOnce; ++pair)
-        add_pair<Isa, kStride, kPlaces, kFetch>(acc, x, w, pairs, fetch.at);
+        add_pair<Isa, kStride, kPlaces, kFetch>(acc, x, w, pairs, fetch.at, pair);
     }
 #pragma GCC unroll 1  // or GCC 12 writes it out again, twice as much code
-    for (; kAtOnce > 1 && p < end; ++p) add_pair<Isa, kStride, kPlaces, kFetch>(acc, x, w, pairs, fetch.at);
+    for (; kAtOnce > 1 && p < end; ++p) add_pair<Isa, kStride, kPlaces, kFetch>(acc, x, w, pairs, fetch.at, 0);
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
@@ -154,6 +161,16 @@ inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pai
     sum_strip_apart<Isa, kStride, kPlaces, M, N, kFetch>(x, w, pairs, from, to, fetch);
   else
     sum_strip<Isa, kStride, kPlaces, M, N, kFetch>(x, w, pairs, from, to, fetch);
+}
+
+// One of several passes, which fetches `lines` cache lines with each step.
+template <class Isa, int64_t kStride, int M, int N, int kLines = Isa::kPairsAtOnce>
+inline void pass_strip(int64_t lines, const typename Isa::Element* x, const uint32_t* w, int64_t pairs, const float* from,
+                       float* to, const char* at) {
+  if constexpr (kLines > 0) {
+    if (lines < kLines) return pass_strip<Isa, kStride, M, N, kLines - 1>(lines, x, w, pairs, from, to, at);
+  }
+  strip<Isa, kStride, 1, M, N, kLines>(x, w, pairs, from, to, {at, pairs, nullptr});
 }
 
 // Of several tiles each has at least so many tokens: Parts makes them equal, but for a last one of just so many.
@@ -180,17 +197,18 @@ inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, c
     const auto* next = reinterpret_cast<const char*>(block.next);
     if (N == kVectors && block.passes == 1) {
       // Ahead in this block, and over its end into the next one.
-      constexpr int64_t kAhead = Tile::kFetchBytes / fdl::kRowBytes;
+      constexpr int64_t kAhead = Tile::kFetchBytes / fdl::kRowBytes / kPlaces;
       const int64_t pairs = block.pairs / kPlaces, most = pairs < kAhead ? 0 : pairs - kAhead;
-      const auto* ahead = reinterpret_cast<const char*>(w) + Tile::kFetchBytes;
+      const auto* ahead = reinterpret_cast<const char*>(w + kAhead * fdl::kLanes);
       const Fetch fetch{ahead, most, next ? next : ahead + most * fdl::kRowBytes};
-      strip<Isa, kStride, kPlaces, M, N, M >= Tile::kFetchTokens ? 2 : 0>(x, w, pairs, begin, to + column, fetch);
+      strip<Isa, kStride, kPlaces, M, N, M >= Tile::kFetchTokens ? kOwnRows : 0>(x, w, pairs, begin, to + column, fetch);
     } else if constexpr (N < kVectors || M >= kLeastTokens<Tile>) {
-      if (!next || block.pass > 1)
-        strip<Isa, kStride, 1, M, N, 0>(x, w, block.pairs, begin, to + column, {});
-      else
-        strip<Isa, kStride, 1, M, N, 1>(x, w, block.pairs, begin, to + column,
-                                        {next + 64 * block.pairs * block.pass, block.pairs, nullptr});
+      // Spread over the passes: what a core is asked for sooner than memory answers it drops.
+      constexpr int64_t kStep = Isa::kPairsAtOnce;
+      const int64_t lines = (2 * kStep + block.passes - 1) / block.passes;
+      const bool asked = !next || block.pass * lines >= 2 * kStep;
+      pass_strip<Isa, kStride, M, N>(asked ? 0 : lines, x, w, block.pairs, begin, to + column,
+                                     asked ? nullptr : next + 64 * block.pairs * lines / kStep * block.pass);
     }
   }
 }
@@ -262,7 +280,8 @@ inline void run_block(const fdl::Task& task, const uint32_t* next) {
   constexpr int64_t kPairs = kGateUp ? fdl::kHiddenPairs : fdl::kIntermediatePairs;
   constexpr int kPlaces = kPairs % Tile::kPlaces == 0 ? Tile::kPlaces : 1;
   const Parts tiles(task.tokens, Tile::kTokens, kLastTokens<Isa, Tile>);
-  const int64_t passes = tiles.count * fdl::kLanes / (Isa::kLanes * Tile::vectors(static_cast<int>(tiles.largest())));
+  const auto passes_of = [](int64_t tokens) { return fdl::kLanes / Isa::kLanes / Tile::vectors(static_cast<int>(tokens)); };
+  const int64_t passes = tiles.equal_count() * passes_of(tiles.largest()) + (tiles.last ? passes_of(tiles.last) : 0);
   // Equal ones: as long as a block, so long takes what is fetched meanwhile.
   const Parts depths(task.pairs, passes == 1 ? task.pairs : Tile::kDepthPairs);
   for (int64_t d = 0; d < depths.count; ++d) {
