@@ -365,6 +365,8 @@ def test_wrong_tensors_are_refused() -> None:
         ("topk_ids", torch.zeros(2, 1, dtype=torch.int32), "wrong top-k ids"),
         ("topk_weights", torch.zeros(2, 1).bfloat16(), "wrong top-k weights"),
         ("topk_weights", torch.zeros(2, 2), "wrong top-k weights"),
+        ("topk_weights", torch.zeros(2, 3)[:, :1], "wrong top-k weights"),
+        ("hidden", torch.zeros(2, 129, dtype=torch.bfloat16, device="meta"), "wrong hidden states.*meta"),
         ("out", torch.zeros(2, 129).bfloat16(), "wrong output"),
         ("out", torch.zeros(129, 2).T, "wrong output"),
         ("out", torch.zeros(3, 129), "wrong output"),
@@ -387,6 +389,21 @@ def test_wrong_tensors_are_refused() -> None:
             kernels.pack(weights[2], weights[1], weights[2], packed)
         with pytest.raises(FiddlerError, match="wrong buffer"):
             kernels.read_gbps(torch.zeros(1))
+
+
+def test_the_stride_of_a_single_row_means_nothing() -> None:
+    hidden, weights = torch.ones(1, 129).bfloat16(), torch.ones(1, 1)
+    ids, out = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 129)
+    with library(*SHAPE).open(threads=1) as kernels:
+        experts = make_pointers([None])
+        kernels.moe(
+            hidden.as_strided((1, 129), (7, 1)),
+            ids.as_strided((1, 1), (9, 3)) - 1,  # no expert
+            weights.as_strided((1, 1), (2, 5)),
+            experts,
+            out.as_strided((1, 129), (3, 1)),
+        )
+    assert not out.any()
 
 
 def test_closed_kernels_say_so() -> None:
