@@ -1,8 +1,8 @@
 """What prefetch instructions bring while a core multiplies: python -m tests.bench.prefetch [--rounds N].
 
 A loop of multiplies on registers asks for one cache line after so many of them, into the second-level cache, as kernels
-fetch the next depth block. Then the lines are read. How many had come is told by the time that takes, between that of lines
-that nothing asked for and that of lines read a moment ago. One thread; AVX2 and FMA.
+fetch the next depth block. Then the lines are read. How many had come is told by the time that takes, between that of
+lines that nothing asked for and that of lines read a moment ago. One thread; AVX2 and FMA.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def main() -> int:
             seconds = (ctypes.c_double * 5)()
             measure(ctypes.c_void_p(data.data_ptr()), *map(ctypes.c_int64, (BYTES, BLOCK, eights)), seconds)
             fetching, after, cached, alone, missed = seconds
-            samples.append((BYTES / alone / 1e9, BYTES / fetching / 1e9, (missed - after) / (missed - cached)))
+            samples.append(
+                (BYTES / alone / 1e9, BYTES / fetching / 1e9, min(1.0, (missed - after) / (missed - cached)))
+            )
         alone, asked, came = (statistics.median(values) for values in zip(*samples, strict=True))
         print(
             f"a line each {8 * eights:2} multiplies: {asked:5.1f} GB/s asked for ({alone:5.1f} without asking), "
