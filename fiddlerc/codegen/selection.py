@@ -39,7 +39,7 @@ _FETCH_COST = 1.03
 # Fetched ahead: so many times what is in flight.
 _FETCH_AHEAD = 2
 # Several places are streams that the hardware's prefetching follows; fetching so little ahead, all places together,
-# helps it, and more breaks them. Without it AVX2 is up to 1.13 times slower on Zen 3.
+# helps it, and more breaks them. Without it AVX2 is up to 1.2 times slower on Zen 3.
 _ROWS_OF_PLACES, _PLACES_UNFETCHED = 8, 1.1
 # Independent sums that hide a multiply's latency: 4 cycles, 2 a cycle.
 _LATENCY_SUMS = 8

@@ -1,4 +1,6 @@
 // Multiplies on registers that ask for a cache line now and then, for prefetch.py. Needs AVX2 and FMA.
+#include <immintrin.h>
+
 #include <chrono>
 #include <cstdint>
 
@@ -6,26 +8,20 @@ namespace {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-#define MULTIPLY8                        \
-  asm volatile(                          \
-      "vfmadd231ps %%ymm8,%%ymm8,%%ymm0\n\t" \
-      "vfmadd231ps %%ymm8,%%ymm8,%%ymm1\n\t" \
-      "vfmadd231ps %%ymm8,%%ymm8,%%ymm2\n\t" \
-      "vfmadd231ps %%ymm8,%%ymm8,%%ymm3\n\t" \
-      "vfmadd231ps %%ymm8,%%ymm8,%%ymm4\n\t" \
-      "vfmadd231ps %%ymm8,%%ymm8,%%ymm5\n\t" \
-      "vfmadd231ps %%ymm8,%%ymm8,%%ymm6\n\t" \
-      "vfmadd231ps %%ymm8,%%ymm8,%%ymm7"     \
-      : : : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7")
+// Eight independent sums, as many as hide a multiply's latency.
+inline void multiply_eight(__m256 (&sums)[8], __m256 factor) {
+#pragma GCC unroll 8
+  for (__m256& sum : sums) asm volatile("vfmadd231ps %1, %1, %0" : "+x"(sum) : "x"(factor));
+}
 
 template <int kEights, bool kFetch>
 double multiply(const char* from, int64_t bytes) {
-  asm volatile("vxorps %%xmm8,%%xmm8,%%xmm8\n\tvzeroall" : : : "xmm8");
+  __m256 sums[8] = {}, factor = {};
   const double started = now();
   for (int64_t at = 0; at < bytes; at += 64) {
     if (kFetch) __builtin_prefetch(from + at, 0, 2);
 #pragma GCC unroll 8
-    for (int i = 0; i < kEights; ++i) MULTIPLY8;
+    for (int i = 0; i < kEights; ++i) multiply_eight(sums, factor);
   }
   return now() - started;
 }

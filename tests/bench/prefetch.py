@@ -25,10 +25,10 @@ BYTES = 256 << 20
 EIGHTS = (1, 2, 3, 4, 6, 8)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.prefetch", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    rounds = parser.parse_args(argv).rounds
     if missing := missing_flags("avx2"):
         print(f"error: found a CPU without {', '.join(missing)}, expected AVX2 and FMA", file=sys.stderr)
         return 1
