@@ -300,6 +300,7 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
     if target.tiles_from:
         return _explain_tiles(target, best, l2)
     loads = vectors * target.weight_loads + tokens * target.input_loads
+    size = working_set(target, chosen.k_block)
     lines = [
         f"tile {tokens} x {vectors}: {registers(target, tokens, vectors)} of {target.registers} registers; "
         f"{tokens * vectors * target.multiplies} multiplies beside {loads} loads",
@@ -307,8 +308,9 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
             f"up to {tile.tokens} tokens {tile.vectors} vectors: fewer passes over a row"
             for tile in chosen.narrow_tiles
         ),
-        f"k_block {chosen.k_block}: {format_bytes(working_set(target, chosen.k_block))} of the {format_bytes(l2)} L2; "
-        "larger ones move the sums less often",
+        f"k_block {chosen.k_block}: {format_bytes(size)} of the {format_bytes(l2)} L2; "
+        "larger ones move the sums less often"
+        + ("; what does not fit comes from L3 while the tile multiplies" if size > l2 else ""),
     ]
     limit = _WINDOW // _ROWS_IN_FLIGHT
     fetches = chosen.fetch_tokens <= most_of_one_pass(target, chosen)
