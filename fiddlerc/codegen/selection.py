@@ -315,12 +315,12 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
     limit = _WINDOW // _ROWS_IN_FLIGHT
     fetches = chosen.fetch_tokens <= most_of_one_pass(target, chosen)
     if target.places > 1:
-        rows = chosen.fetch_bytes // ROW_BYTES
+        rows = chosen.fetch_bytes // ROW_BYTES // target.places
         lines.append(
             f"one pass reads {target.places} places of a block's depth in turn, streams that hardware prefetching "
             + (
-                f"follows; from {chosen.fetch_tokens} tokens on it fetches {rows} rows ahead, no farther than those "
-                "streams bear"
+                f"follows; from {chosen.fetch_tokens} tokens on it fetches {rows} rows ahead at each, no "
+                "farther than those streams bear"
                 if fetches
                 else "keeps ahead of"
             )
