@@ -188,4 +188,4 @@ def alike(kernels: Kernels) -> int:
     """
     target = TARGETS[kernels.isa]
     (cut,) = (v.blocking for v in kernels.library.spec.variants if v.isa == kernels.isa)
-    return target.tiles_from or (1 if target.places == 1 else most_of_one_pass(target, cut) + 1)
+    return target.tiles_from or (1 if target.core.places == 1 else most_of_one_pass(target, cut) + 1)

@@ -95,7 +95,8 @@ def generate(
             policy=target.policy,
             functions=target.functions,
             tiles_from=target.tiles_from,
-            places=target.places,
+            places=target.core.places,
+            fetch_level=target.core.fetch_level,
             blocking=variant.blocking,
         )
     files.update(_headers(targets))

@@ -30,14 +30,12 @@ LARGE_TOKENS = (24, 32, 48, 64, 128, UNIT_TOKENS)
 
 # What a core takes for a row from memory: 128 bytes at 22 GB/s and 3.7 GHz (AMD Zen 4, both of two cores reading).
 _MEMORY_SLOTS = 21.0
-# Plain loads keep memory busy while this many rows are in an out-of-order window of this many instructions (Zen 4's;
-# Zen 5's is of 448). The rows are set so that avx512_bf16 fetches from two tokens on, which was found best on Zen 5
-# (docs/kernels.md): at the 40 GB/s of one core they are 100 ns of latency.
-_WINDOW, _ROWS_IN_FLIGHT = 320, 31
+# Instructions in an out-of-order window: Zen 4's; Zen 5's is of 448.
+_WINDOW = 320
 # Prefetch instructions reach a little less than the hardware's own prefetching.
 _FETCH_COST = 1.03
-# Fetched ahead: so many times what is in flight.
-_FETCH_AHEAD = 2
+# Fetched ahead of one place: so many rows at least, more than twice what is ever in flight.
+_ROWS_AHEAD = 62
 # Several places are streams that the hardware's prefetching follows; fetching so little ahead, all places together,
 # helps it, and more breaks them. Without it AVX2 is up to 1.2 times slower on Zen 3.
 _ROWS_OF_PLACES, _PLACES_UNFETCHED = 8, 1.1
@@ -184,11 +182,14 @@ def row_slots(target: Target, blocking: Blocking, tokens: int) -> float:
     compute = sum(slots(target, m, _vectors(blocking, m)) * n for m, n in zip(sizes, columns, strict=True))
     if sum(columns) == 1:
         fetches = tokens >= blocking.fetch_tokens
-        reach = _WINDOW / _ROWS_IN_FLIGHT / _instructions(target, tokens, row_vectors)
-        if target.places > 1:
+        core = target.core
+        reach = _WINDOW / core.rows_in_flight / _instructions(target, tokens, row_vectors)
+        if core.places > 1:
             behind = 1.0 if fetches else _PLACES_UNFETCHED
         else:
-            behind = _FETCH_COST if fetches else max(1.0, 1.0 / reach)
+            cycles = _least(target, tokens) * target.lanes / 16  # of 64 bytes of multiplies
+            fetched = _FETCH_COST if cycles >= core.fetch_cycles else core.too_fast
+            behind = fetched if fetches else max(1.0, 1.0 / reach)
         return max(_MEMORY_SLOTS * behind, compute)
     # Several passes: a block's sums are loaded and stored once each, while the next block is fetched.
     compute = max(compute, len(sizes) * row_vectors * _VECTOR_FROM_L2_SLOTS)
@@ -262,7 +263,7 @@ def _k_blocks(
 
 def _fetch_bytes(target: Target, l1: int) -> Iterator[int]:
     """Distances that hide the latency, of one place several times over, and leave the cache room."""
-    rows = _ROWS_OF_PLACES if target.places > 1 else _FETCH_AHEAD * _ROWS_IN_FLIGHT
+    rows = _ROWS_OF_PLACES if target.core.places > 1 else _ROWS_AHEAD
     for distance in FETCH_BYTES:
         if distance >= rows * ROW_BYTES and distance <= _L1_SHARE * l1:
             yield distance
@@ -312,12 +313,13 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
         "larger ones move the sums less often"
         + ("; what does not fit comes from L3 while the tile multiplies" if size > l2 else ""),
     ]
-    limit = _WINDOW // _ROWS_IN_FLIGHT
+    core = target.core
+    limit = _WINDOW // core.rows_in_flight
     fetches = chosen.fetch_tokens <= most_of_one_pass(target, chosen)
-    if target.places > 1:
-        rows = chosen.fetch_bytes // ROW_BYTES // target.places
+    if core.places > 1:
+        rows = chosen.fetch_bytes // ROW_BYTES // core.places
         lines.append(
-            f"one pass reads {target.places} places of a block's depth in turn, streams that hardware prefetching "
+            f"one pass reads {core.places} places of a block's depth in turn, streams that hardware prefetching "
             + (
                 f"follows; from {chosen.fetch_tokens} tokens on it fetches {rows} rows ahead at each, no "
                 "farther than those streams bear"
@@ -328,8 +330,10 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
     elif fetches:
         at = _instructions(target, chosen.fetch_tokens, row)
         lines.append(
-            f"fetches from {chosen.fetch_tokens} tokens on, {chosen.fetch_bytes} bytes ahead: a row is then {at} "
-            f"instructions, and {_ROWS_IN_FLIGHT} rows fit the out-of-order window up to {limit}"
+            f"fetches from {chosen.fetch_tokens} tokens on, {chosen.fetch_bytes} bytes ahead, into "
+            f"L{core.fetch_level}: a row is then {at} instructions, and {core.rows_in_flight} rows fit the "
+            f"out-of-order window up to {limit}"
+            + (f"; with less than {core.fetch_cycles} cycles a row requests are dropped" if core.fetch_cycles else "")
         )
     else:
         lines.append("never fetches in one pass: the out-of-order window keeps enough rows in flight")

@@ -8,6 +8,30 @@ from ..ir import Machine
 
 
 @dataclass(frozen=True)
+class Core:
+    """How a core's reads from memory get along with its multiplies, found by measuring (docs/kernels.md).
+
+    places          of a block's depth that one pass reads in turn, so many streams from memory
+    fetch_level     the cache that one pass fetches into: 1 or 2
+    rows_in_flight  plain loads keep memory busy while the out-of-order window holds so many packed rows
+    fetch_cycles    with fewer cycles of multiplies for a row (of 64 bytes each), fetching takes `too_fast` times as
+                    long as memory: the core drops what it is asked for
+    """
+
+    places: int
+    fetch_level: int
+    rows_in_flight: int
+    fetch_cycles: int = 0
+    too_fast: float = 1.0
+
+
+# Four streams come faster than one, and one that is fetched slower: 25, 20 and 16 GB/s.
+ZEN3 = Core(places=4, fetch_level=1, rows_in_flight=31)
+ZEN4 = Core(places=1, fetch_level=2, rows_in_flight=14, fetch_cycles=12, too_fast=1.55)
+ZEN5 = Core(places=1, fetch_level=1, rows_in_flight=31)
+
+
+@dataclass(frozen=True)
 class Target:
     """One instruction set's kernel.
 
@@ -30,8 +54,6 @@ class Target:
     input_registers   for a token's input in all lanes
     input_loads, input_instructions  to get a pair of them
     multiplies      multiply-unit operations for a token's pair and a vector
-    places          of a block's depth that one pass reads in turn, so many streams from memory; on CPUs with
-                    AVX-512 one (target_on)
     l2_share        of the second-level cache, for a unit's inputs and sums and two blocks of weights; the rest is left
                     to the outputs, the stack, and what prefetching brings too early. AVX2's tiles multiply for so
                     long that some inputs may come from the third level: on Zen 3 twice as deep a block is faster
@@ -53,8 +75,8 @@ class Target:
     input_loads: int
     input_instructions: int
     multiplies: int
-    places: int = 1
     l2_share: float = 0.75
+    core: Core = ZEN4
     tiles_from: int = 0
     permit: str = "always"
     functions: str = ""
@@ -62,6 +84,8 @@ class Target:
 
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+
+_ZEN4_L1 = 32 << 10
 
 TARGETS: dict[str, Target] = {
     target.isa: target
@@ -122,7 +146,7 @@ TARGETS: dict[str, Target] = {
             input_loads=2,
             input_instructions=2,
             multiplies=2,
-            places=4,
+            core=ZEN3,
             l2_share=1.25,
         ),
         # Products and sums apart; a broadcast is a load and a shuffle.
@@ -143,7 +167,7 @@ TARGETS: dict[str, Target] = {
             input_loads=2,
             input_instructions=4,
             multiplies=4,
-            places=4,
+            core=ZEN3,
         ),
     )
 }
@@ -166,8 +190,9 @@ TARGETS["amx_bf16"] = replace(
 def target_on(isa: str, machine: Machine | None) -> Target:
     """An instruction set's kernel on that machine, or on one that has no more than it (None).
 
-    CPUs without AVX-512 bring four streams from memory faster than one, and one that is fetched slower: Zen 3 reads 25,
-    20 and 16 GB/s. Zen 5 is 1.1 to 1.9 times as fast with one as with four (docs/kernels.md).
+    Of the CPUs with AVX-512 two were measured, which their first-level caches tell apart: Zen 4 has 32 KiB, Zen 5 48.
     """
     target = TARGETS[isa]
-    return replace(target, places=1) if machine is not None and "avx512f" in machine.isa else target
+    if machine is None or "avx512f" not in machine.isa:
+        return target
+    return replace(target, core=ZEN5 if machine.l1d_bytes > _ZEN4_L1 else ZEN4)

@@ -81,19 +81,20 @@ template <class Isa, int64_t kStride, int kStep, int M, int N>
   }
 }
 
-// What a strip fetches: rows that it soon reads itself, with each pair, to the first-level cache; or, for later passes, so many
-// cache lines with each step of kPairsAtOnce pairs.
-constexpr int kOwnRows = -1;
+// What a strip fetches: rows that it soon reads itself, with each pair, into the first- or second-level cache; or, for later
+// passes, so many cache lines with each step of kPairsAtOnce pairs, into the second.
+constexpr int kOwnRowsL1 = -1, kOwnRowsL2 = -2;
 
 // A pair of inputs at each of kPlaces places, `pairs` from one to the next, and on to the next one. `at`: which of a step's.
 template <class Isa, int64_t kStride, int kPlaces, int kFetch, int M, int N>
 [[gnu::always_inline]] inline void add_pair(typename Isa::Vector (&acc)[M][N], const typename Isa::Element*& x,
                                             const uint32_t*& w, int64_t pairs, const char*& fetch, int at) {
-  if constexpr (kFetch == kOwnRows) {
+  if constexpr (kFetch < 0) {
+    constexpr int kLocality = kFetch == kOwnRowsL1 ? 3 : 2;
 #pragma GCC unroll 4
     for (int place = 0; place < kPlaces; ++place) {
-      __builtin_prefetch(fetch + place * pairs * fdl::kRowBytes, 0, 3);
-      __builtin_prefetch(fetch + place * pairs * fdl::kRowBytes + 64, 0, 3);
+      __builtin_prefetch(fetch + place * pairs * fdl::kRowBytes, 0, kLocality);
+      __builtin_prefetch(fetch + place * pairs * fdl::kRowBytes + 64, 0, kLocality);
     }
     fetch += fdl::kRowBytes;
   } else if (at * kFetch % Isa::kPairsAtOnce < kFetch) {
@@ -129,8 +130,8 @@ template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
     for (int n = 0; n < N; ++n)
       acc[m][n] = from ? *reinterpret_cast<const Stored*>(from + m * fdl::kLanes + n * Isa::kLanes) : Vector{};
   }
-  int64_t p = 0, end = kFetch == kOwnRows ? fetch.pairs : pairs;
-  for (int part = 0; part < 1 + (kFetch == kOwnRows); ++part, end = pairs, fetch.at = fetch.then) {
+  int64_t p = 0, end = kFetch < 0 ? fetch.pairs : pairs;
+  for (int part = 0; part < 1 + (kFetch < 0); ++part, end = pairs, fetch.at = fetch.then) {
     for (; p + kAtOnce <= end; p += kAtOnce) {
 #pragma GCC unroll 4
       for (int pair = 0; pair < kAtOnce; ++pair)
@@ -201,7 +202,7 @@ inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, c
       const int64_t pairs = block.pairs / kPlaces, most = pairs < kAhead ? 0 : pairs - kAhead;
       const auto* ahead = reinterpret_cast<const char*>(w + kAhead * fdl::kLanes);
       const Fetch fetch{ahead, most, next ? next : ahead + most * fdl::kRowBytes};
-      strip<Isa, kStride, kPlaces, M, N, M >= Tile::kFetchTokens ? kOwnRows : 0>(x, w, pairs, begin, to + column, fetch);
+      strip<Isa, kStride, kPlaces, M, N, M >= Tile::kFetchTokens ? -Tile::kFetchLevel : 0>(x, w, pairs, begin, to + column, fetch);
     } else if constexpr (N < kVectors || M >= kLeastTokens<Tile>) {
       // Spread over the passes: what a core is asked for sooner than memory answers it drops.
       constexpr int64_t kStep = Isa::kPairsAtOnce;
