@@ -48,9 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             seconds = (ctypes.c_double * 5)()
             measure(ctypes.c_void_p(data.data_ptr()), *map(ctypes.c_int64, (BYTES, BLOCK, eights)), seconds)
             fetching, after, cached, alone, missed = seconds
-            samples.append(
-                (BYTES / alone / 1e9, BYTES / fetching / 1e9, min(1.0, (missed - after) / (missed - cached)))
-            )
+            came = min(1.0, max(0.0, (missed - after) / (missed - cached)))
+            samples.append((BYTES / alone / 1e9, BYTES / fetching / 1e9, came))
         alone, asked, came = (statistics.median(values) for values in zip(*samples, strict=True))
         print(
             f"a line each {8 * eights:2} multiplies: {asked:5.1f} GB/s asked for ({alone:5.1f} without asking), "

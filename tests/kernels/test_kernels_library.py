@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -17,10 +19,13 @@ import pytest
 import torch
 from kernel_samples import ISAS, library, one_expert, open_isa, random_expert, run_moe
 
+from fiddler_runtime import kernels as wrapper
+from fiddler_runtime.build import find_toolchain
+from fiddler_runtime.captured import native
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary, Kernels, TablesStruct, empty_packed, make_pointers
 from fiddler_runtime.machine import cpu_isas, missing_flags
-from fiddler_runtime.openmp import torch_team
+from fiddler_runtime.openmp import TeamStruct, torch_team
 
 SHAPE = (129, 40)
 LARGE = (256, 1408)  # with some tokens more than one thread is given to itself
@@ -164,6 +169,33 @@ def test_only_the_interface_is_exported() -> None:
     header = (Path(__file__).parents[2] / "templates/include/fiddler/abi.h").read_text()
     declared = set(re.findall(r"^(?:int32_t|int64_t|void\*?|const char\*) (fdl_\w+)\(", header, re.MULTILINE))
     assert {line.split()[-1] for line in lines} == declared
+
+
+def test_structs_lie_in_memory_as_the_interface_says(tmp_path: Path) -> None:
+    """Every field's offset and each struct's size, by the compiler and here."""
+    packed: str = wrapper._PACK_MOE_CALL.__self__.format  # type: ignore[attr-defined]
+    here = {"sizeof(fdl_moe_call)": struct.calcsize(packed)}
+    include = Path(__file__).parents[2] / "templates/include"
+    declared = re.search(r"struct fdl_moe_call \{(.*?)\}", (include / "fiddler/abi.h").read_text(), re.DOTALL)
+    assert declared is not None
+    names = re.findall(r"(\w+);", declared[1])
+    for at, (name, code) in enumerate(zip(names, packed.removeprefix("@").removesuffix("4x"), strict=True)):
+        here[f"offsetof(fdl_moe_call, {name})"] = struct.calcsize(packed[: at + 2]) - struct.calcsize(code)
+    structs: dict[str, type[ctypes.Structure]] = {
+        "fdl_tables": TablesStruct,
+        "fdl_expert": wrapper._Expert,
+        "fdl_team": TeamStruct,
+        "fdl_step_setup": native._Setup,
+    }
+    for name, fields in structs.items():
+        here[f"sizeof({name})"] = ctypes.sizeof(fields)
+        here |= {f"offsetof({name}, {field})": getattr(fields, field).offset for field, *_ in fields._fields_}
+    source, program = tmp_path / "structs.cpp", tmp_path / "structs"
+    lines = "".join(f'std::printf("%zu\\n", {what});\n' for what in here)
+    source.write_text(f'#include <cstddef>\n#include <cstdio>\n#include "fiddler/abi.h"\nint main() {{\n{lines}}}\n')
+    subprocess.run([find_toolchain().compiler, "-I", include, source, "-o", program], check=True)
+    printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    assert dict(zip(here, map(int, printed.split()), strict=True)) == here
 
 
 def test_calls_from_several_threads_wait_for_each_other() -> None:
