@@ -183,10 +183,10 @@ def row_slots(target: Target, blocking: Blocking, tokens: int) -> float:
     if sum(columns) == 1:
         fetches = tokens >= blocking.fetch_tokens
         core = target.core
-        reach = _WINDOW / core.rows_in_flight / _instructions(target, tokens, row_vectors)
         if core.places > 1:
             behind = 1.0 if fetches else _PLACES_UNFETCHED
         else:
+            reach = _WINDOW / core.rows_in_flight / _instructions(target, tokens, row_vectors)
             cycles = _least(target, tokens) * target.lanes / 16  # of 64 bytes of multiplies
             fetched = _FETCH_COST if cycles >= core.fetch_cycles else core.too_fast
             behind = fetched if fetches else max(1.0, 1.0 / reach)
@@ -314,7 +314,6 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
         + ("; what does not fit comes from L3 while the tile multiplies" if size > l2 else ""),
     ]
     core = target.core
-    limit = _WINDOW // core.rows_in_flight
     fetches = chosen.fetch_tokens <= most_of_one_pass(target, chosen)
     if core.places > 1:
         rows = chosen.fetch_bytes // ROW_BYTES // core.places
@@ -332,7 +331,7 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
         lines.append(
             f"fetches from {chosen.fetch_tokens} tokens on, {chosen.fetch_bytes} bytes ahead, into "
             f"L{core.fetch_level}: a row is then {at} instructions, and {core.rows_in_flight} rows fit the "
-            f"out-of-order window up to {limit}"
+            f"out-of-order window up to {_WINDOW // core.rows_in_flight}"
             + (f"; with less than {core.fetch_cycles} cycles a row requests are dropped" if core.fetch_cycles else "")
         )
     else:

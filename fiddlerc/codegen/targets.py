@@ -13,21 +13,23 @@ class Core:
 
     places          of a block's depth that one pass reads in turn, so many streams from memory
     fetch_level     the cache that one pass fetches into: 1 or 2
-    rows_in_flight  plain loads keep memory busy while the out-of-order window holds so many packed rows
+    rows_in_flight  of one place: plain loads keep memory busy while the out-of-order window holds so many packed rows
     fetch_cycles    with fewer cycles of multiplies for a row (of 64 bytes each), fetching takes `too_fast` times as
                     long as memory: the core drops what it is asked for
     """
 
     places: int
     fetch_level: int
-    rows_in_flight: int
+    rows_in_flight: int = 0
     fetch_cycles: int = 0
     too_fast: float = 1.0
 
 
 # Four streams come faster than one, and one that is fetched slower: 25, 20 and 16 GB/s.
-ZEN3 = Core(places=4, fetch_level=1, rows_in_flight=31)
+ZEN3 = Core(places=4, fetch_level=1)
+# avx512_bf16 is fastest with fetching from 7 tokens on, the others from 3.
 ZEN4 = Core(places=1, fetch_level=2, rows_in_flight=14, fetch_cycles=12, too_fast=1.55)
+# avx512_bf16 is fastest with fetching from two tokens on. At the 40 GB/s of one core 31 rows are 100 ns of latency.
 ZEN5 = Core(places=1, fetch_level=1, rows_in_flight=31)
 
 

@@ -24,6 +24,7 @@
 //   kDepthPairs         depth block of several passes: its weights and the next one's stay in the second-level cache
 //   kFetchTokens        from so many tokens on one pass fetches the weights ahead of itself
 //   kFetchBytes         how far ahead, of all places together
+//   kFetchLevel         into which cache, 1 or 2
 #pragma once
 
 #include "activation.hpp"
@@ -81,16 +82,15 @@ template <class Isa, int64_t kStride, int kStep, int M, int N>
   }
 }
 
-// What a strip fetches: rows that it soon reads itself, with each pair, into the first- or second-level cache; or, for later
-// passes, so many cache lines with each step of kPairsAtOnce pairs, into the second.
-constexpr int kOwnRowsL1 = -1, kOwnRowsL2 = -2;
+// What a strip fetches is kFetch: rows that it soon reads itself, with each pair, into the first- (-1) or second-level cache
+// (-2); or, for later passes, so many cache lines with each step of kPairsAtOnce pairs, into the second.
 
 // A pair of inputs at each of kPlaces places, `pairs` from one to the next, and on to the next one. `at`: which of a step's.
 template <class Isa, int64_t kStride, int kPlaces, int kFetch, int M, int N>
 [[gnu::always_inline]] inline void add_pair(typename Isa::Vector (&acc)[M][N], const typename Isa::Element*& x,
                                             const uint32_t*& w, int64_t pairs, const char*& fetch, int at) {
   if constexpr (kFetch < 0) {
-    constexpr int kLocality = kFetch == kOwnRowsL1 ? 3 : 2;
+    constexpr int kLocality = 4 + kFetch;  // as GCC counts: 3 is the first level
 #pragma GCC unroll 4
     for (int place = 0; place < kPlaces; ++place) {
       __builtin_prefetch(fetch + place * pairs * fdl::kRowBytes, 0, kLocality);
