@@ -152,7 +152,8 @@ def test_what_is_not_captured_runs_and_says_why(models, prompt: torch.Tensor, op
     assert found == generate(plain, prompt, **{**STATIC, **options})
     assert captured.captured.steps["plain"] == before + NEW - 1
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        # Not of drift, which a busy machine may show: the sample plan's latencies are made up.
+        warnings.filterwarnings("error", "decode steps are not captured")
         generate(captured, prompt, **options)  # once is enough
 
 
