@@ -94,7 +94,9 @@ def test_contention_of_a_prefetch_slows_the_cpu_lane_once() -> None:
 def test_the_gain_is_the_difference_of_whole_decisions() -> None:
     steps = everywhere([[[1, 1, 0, 0], [1, 1, 1, 1]], [[1, 1, 0, 0], [0, 2, 2, 0]]])
     tables = alternating()
-    split, _ = features(SPEC, tables, "simulated", steps, "balanced")
+    split, _ = features(SPEC, tables, "cuda", steps, "balanced")
+    # There generated kernels compute, which know whole experts only.
+    assert features(SPEC, tables, "simulated", steps, "balanced")[0] == type(split)("split", False, 0.0, 0.0, 0.0)
     totals = []
     for rows in (0, SPEC.intermediate_size):
         latencies = sample_setting(
