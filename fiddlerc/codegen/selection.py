@@ -34,7 +34,7 @@ _MEMORY_SLOTS = 21.0
 _WINDOW = 320
 # Prefetch instructions reach a little less than the hardware's own prefetching.
 _FETCH_COST = 1.03
-# Fetched ahead of one place: so many rows at least, more than twice what is ever in flight.
+# Fetched ahead of one place: so many rows at least, twice the most that are in flight.
 _ROWS_AHEAD = 62
 # Several places are streams that the hardware's prefetching follows; fetching so little ahead, all places together,
 # helps it, and more breaks them. Without it AVX2 is up to 1.2 times slower on Zen 3.

@@ -27,7 +27,7 @@ class Core:
 
 # Four streams come faster than one, and one that is fetched slower: 25, 20 and 16 GB/s.
 ZEN3 = Core(places=4, fetch_level=1)
-# avx512_bf16 is fastest with fetching from 7 tokens on, the others from 3.
+# avx512_bf16 is fastest with fetching from 7 tokens on, avx512f and avx2 from 3, and to scalar it is all the same.
 ZEN4 = Core(places=1, fetch_level=2, rows_in_flight=14, fetch_cycles=12, too_fast=1.55)
 # avx512_bf16 is fastest with fetching from two tokens on. At the 40 GB/s of one core 31 rows are 100 ns of latency.
 ZEN5 = Core(places=1, fetch_level=1, rows_in_flight=31)
@@ -59,6 +59,7 @@ class Target:
     l2_share        of the second-level cache, for a unit's inputs and sums and two blocks of weights; the rest is left
                     to the outputs, the stack, and what prefetching brings too early. AVX2's tiles multiply for so
                     long that some inputs may come from the third level: on Zen 3 twice as deep a block is faster
+    core            what reads and multiplies; here of a CPU that has no more than the instruction set
     """
 
     isa: str

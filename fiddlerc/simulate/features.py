@@ -28,21 +28,22 @@ def features(
     A gain is the share of the steps' expert time that is saved. The objective's scenario decides (balanced: their
     mean).
     """
-    split, prefetch = Feature("split", False, 0.0, 0.0, 0.0), Feature("prefetch", False, 0.0, 0.0, 0.0)
+    split = Feature("split", False, 0.0, 0.0, 0.0)
     if accelerator == "none":
-        return split, prefetch
+        return split, replace(split, name="prefetch")
     setting = make_setting(spec, tables, accelerator)
     held = {scenario: heldout(sampled) for scenario, sampled in steps.items()}
     plain = {scenario: _total_us(sampled, setting) for scenario, sampled in held.items()}
 
-    splitting = make_setting(spec, tables, accelerator, ["split"])
     if accelerator != "simulated":
-        split = _feature("split", plain, {s: _total_us(sampled, splitting) for s, sampled in held.items()}, objective)
-    base = splitting if split.on else setting
-    before = {s: _total_us(sampled, base) for s, sampled in held.items()} if split.on else plain
-    fetching = replace(base, prefetch=tables.prefetch)
-    after = {s: _total_us(sampled, fetching) for s, sampled in held.items()}
-    return split, _feature("prefetch", before, after, objective)
+        splitting = make_setting(spec, tables, accelerator, ["split"])
+        parted = {scenario: _total_us(sampled, splitting) for scenario, sampled in held.items()}
+        split = _feature("split", plain, parted, objective)
+        if split.on:
+            setting, plain = splitting, parted
+    fetching = replace(setting, prefetch=tables.prefetch)
+    fetched = {scenario: _total_us(sampled, fetching) for scenario, sampled in held.items()}
+    return split, _feature("prefetch", plain, fetched, objective)
 
 
 def _feature(
