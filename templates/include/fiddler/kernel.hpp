@@ -83,7 +83,8 @@ template <class Isa, int64_t kStride, int kStep, int M, int N>
 }
 
 // What a strip fetches is kFetch: rows that it soon reads itself, with each pair, into the first- (-1) or second-level cache
-// (-2); or, for later passes, so many cache lines with each step of kPairsAtOnce pairs, into the second.
+// (-2); or, for later passes, so many cache lines with each step of kPairsAtOnce pairs, into the second: where that is two or
+// more each line once more, half a block later, since a core drops a part of what it is asked for so fast.
 
 // A pair of inputs at each of kPlaces places, `pairs` from one to the next, and on to the next one. `at`: which of a step's.
 template <class Isa, int64_t kStride, int kPlaces, int kFetch, int M, int N>
@@ -99,6 +100,7 @@ template <class Isa, int64_t kStride, int kPlaces, int kFetch, int M, int N>
     fetch += fdl::kRowBytes;
   } else if (at * kFetch % Isa::kPairsAtOnce < kFetch) {
     __builtin_prefetch(fetch, 0, 2);
+    if constexpr (kFetch >= 2) __builtin_prefetch(fetch - pairs * fdl::kRowBytes / 2, 0, 2);
     fetch += 64;
   }
 #pragma GCC unroll 4
@@ -283,8 +285,8 @@ inline void run_block(const fdl::Task& task, const uint32_t* next) {
   const Parts tiles(task.tokens, Tile::kTokens, kLastTokens<Isa, Tile>);
   const auto passes_of = [](int64_t tokens) { return fdl::kLanes / Isa::kLanes / Tile::vectors(static_cast<int>(tokens)); };
   const int64_t passes = tiles.equal_count() * passes_of(tiles.largest()) + (tiles.last ? passes_of(tiles.last) : 0);
-  // Equal ones: as long as a block, so long takes what is fetched meanwhile.
-  const Parts depths(task.pairs, passes == 1 ? task.pairs : Tile::kDepthPairs);
+  // Equal ones: as long as a block, so long takes what is fetched meanwhile. Shorter ones if few sums have to be moved.
+  const Parts depths(task.pairs, passes == 1 ? task.pairs : tiles.count == 1 ? Tile::kDepthPairs / 2 : Tile::kDepthPairs);
   for (int64_t d = 0; d < depths.count; ++d) {
     const int64_t first = depths.first(d);
     const bool last = d + 1 == depths.count;
