@@ -3,7 +3,7 @@
 A cost is in multiply-unit slots for one packed row (two inputs of 32 outputs) and all tokens. The model knows what an
 instruction set needs (targets.py) and how large the machine's caches are; the few numbers below are of all CPUs alike.
 It is deliberately independent of measured bandwidths: two calibrations of a machine give the same kernels.
-docs/kernels.md, Selection, has its terms and what they were held against.
+docs/kernels.md, Selection, has its terms, docs/kernels-measured.md what they were held against.
 """
 
 from __future__ import annotations
@@ -191,10 +191,11 @@ def row_slots(target: Target, blocking: Blocking, tokens: int) -> float:
             fetched = _FETCH_COST if cycles >= core.fetch_cycles else core.too_fast
             behind = fetched if fetches else max(1.0, 1.0 / reach)
         return max(_MEMORY_SLOTS * behind, compute)
-    # Several passes: a block's sums are loaded and stored once each, while the next block is fetched.
+    # Several passes: a block's sums are loaded and stored once each, while the next block is fetched. One tile's blocks
+    # are half as deep.
     compute = max(compute, len(sizes) * row_vectors * _VECTOR_FROM_L2_SLOTS)
     moved = 2.0 * tokens * row_vectors + _PASS_SLOTS * sum(columns)
-    return max(_MEMORY_SLOTS, compute + moved / (blocking.k_block / 2))
+    return max(_MEMORY_SLOTS, compute + moved / (blocking.k_block / (4 if len(sizes) == 1 else 2)))
 
 
 def _tile_sizes(blocking: Blocking, tokens: int, row_vectors: int) -> list[int]:

@@ -9,7 +9,7 @@ from ..ir import Machine
 
 @dataclass(frozen=True)
 class Core:
-    """How a core's reads from memory get along with its multiplies, found by measuring (docs/kernels.md).
+    """How a core's reads from memory get along with its multiplies, found by measuring (docs/kernels-measured.md).
 
     places          of a block's depth that one pass reads in turn, so many streams from memory
     fetch_level     the cache that one pass fetches into: 1 or 2

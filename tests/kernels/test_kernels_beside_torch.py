@@ -48,7 +48,7 @@ def by_torch(
 @every_isa
 @pytest.mark.parametrize(("shape", "activation", "bias"), CASES)
 def test_the_error_is_never_above_torchs(shape: tuple[int, int], activation: Activation, bias: bool, isa: str) -> None:
-    """Of a call's result as a whole, against float64 throughout. What was found: docs/kernels.md, Numerics."""
+    """Of a call's result as a whole, against float64 throughout. What was found: docs/kernels.md, Numbers."""
     generator = torch.Generator().manual_seed(2)
     expert = random_expert(shape, generator, bias)
     worst = 0.0

@@ -106,7 +106,7 @@ def test_result_does_not_depend_on_threads_or_other_tokens(isa: str) -> None:
 @pytest.mark.parametrize("isa", ["avx2", "scalar"])
 @pytest.mark.parametrize("shape", [SMALL, LARGE, (768, 33)])  # depths that steps of four pairs do and do not divide
 def test_cut_for_a_cpu_with_avx512_few_tokens_are_summed_as_many_are(shape: tuple[int, int], isa: str) -> None:
-    """Which reads one place faster than four (docs/kernels.md): both of a library's cuts are correct everywhere."""
+    """Which reads one place faster than four (docs/kernels-measured.md). Both cuts are correct everywhere."""
     if missing := missing_flags(isa):
         pytest.skip(f"{isa} needs CPU flags that are missing here: {' '.join(missing)}")
     generator = torch.Generator().manual_seed(15)

@@ -22,7 +22,7 @@ def machine(l1: int, l2: int, isa: tuple[str, ...] = KNOWN_ISAS) -> Machine:
 
 ZEN4, SAPPHIRE, DESKTOP = machine(32, 1024), machine(48, 2048), machine(32, 512, ("avx2", "scalar"))
 
-# The first is what was measured to be best on Zen 4 (docs/kernels.md).
+# The first is what was measured to be best on Zen 4 (docs/kernels-measured.md).
 CHOICES = {
     ("avx512_bf16", "zen4"): Blocking(14, 2, (), 1024, 7, 8192),
     ("avx512_bf16", "sapphire"): Blocking(14, 2, (), 2048, 2, 8192),

@@ -5,7 +5,7 @@
     python -m tests.bench.kernels --shapes qwen3 --build /tmp/old           keep this checkout's libraries, and later
     python -m tests.bench.kernels --shapes qwen3 --against /tmp/old         compare with them in one process
 
-docs/kernels.md, Measuring, says what is measured and how.
+docs/kernels-measured.md, Measuring, says what is measured and how.
 Shapes are the files in tests/bench/shapes, or HIDDENxINTERMEDIATE.
 """
 

@@ -1,4 +1,4 @@
-// The read bandwidth of some memory: several plain read loops, of which the bench takes the fastest (docs/kernels.md).
+// The read bandwidth of some memory: several plain read loops, of which the bench takes the fastest (docs/kernels-measured.md).
 //
 // It stands apart from the kernel library, so that a change to the kernels never changes what they are measured by.
 
