@@ -14,7 +14,7 @@ from fiddler_runtime.machine import KNOWN_ISAS
 
 from ..ir import Activation, Blocking, ExpertForm, KernelSources, KernelSpec, KernelVariant, Machine
 from .names import format_name, format_symbol
-from .selection import UNIT_TOKENS, select
+from .selection import UNIT_TOKENS, last_tokens, select
 from .targets import TARGETS, Target, target_on
 
 _LARGEST = 1 << 20
@@ -95,6 +95,7 @@ def generate(
             policy=target.policy,
             functions=target.functions,
             tiles_from=target.tiles_from,
+            last_tokens=last_tokens(target, variant.blocking),
             places=target.core.places,
             fetch_level=target.core.fetch_level,
             blocking=variant.blocking,

@@ -177,7 +177,7 @@ def row_slots(target: Target, blocking: Blocking, tokens: int) -> float:
     if 0 < target.tiles_from <= tokens:
         return _tile_row_slots(blocking, tokens)
     row_vectors = ROW_LANES // target.lanes
-    sizes = _tile_sizes(blocking, tokens, row_vectors)
+    sizes = _tile_sizes(target, blocking, tokens)
     columns = [row_vectors // _vectors(blocking, size) for size in sizes]
     compute = sum(slots(target, m, _vectors(blocking, m)) * n for m, n in zip(sizes, columns, strict=True))
     if sum(columns) == 1:
@@ -198,12 +198,21 @@ def row_slots(target: Target, blocking: Blocking, tokens: int) -> float:
     return max(_MEMORY_SLOTS, compute + moved / (blocking.k_block / (4 if len(sizes) == 1 else 2)))
 
 
-def _tile_sizes(blocking: Blocking, tokens: int, row_vectors: int) -> list[int]:
-    """Tokens of each register tile: Parts of task.hpp, with kLastTokens of kernel.hpp."""
-    count = -(-tokens // blocking.tile_tokens)
+def last_tokens(target: Target, blocking: Blocking) -> int:
+    """So many tokens for the last of several tiles, where the others can be so few all the same; or 0.
+
+    Half as many as the largest, where a tile of so many has all of a row's vectors and the largest has not: it takes
+    one pass, with as many sums. Two tiles of AVX2 with 8 tokens are 5 x 2 and 3 x 4 then, not 4 x 2 twice.
+    """
     least = -(-blocking.tile_tokens // 2)
-    takes_row = _vectors(blocking, least) == row_vectors > blocking.tile_vectors
-    last = [least] if count > 1 and takes_row and tokens - least <= (count - 1) * blocking.tile_tokens else []
+    return least if _vectors(blocking, least) * target.lanes == ROW_LANES > blocking.tile_vectors * target.lanes else 0
+
+
+def _tile_sizes(target: Target, blocking: Blocking, tokens: int) -> list[int]:
+    """Tokens of each register tile: Parts of task.hpp."""
+    count = -(-tokens // blocking.tile_tokens)
+    least = last_tokens(target, blocking)
+    last = [least] if least and count > 1 and tokens - least <= (count - 1) * blocking.tile_tokens else []
     equal, rest = count - len(last), tokens - sum(last)
     return [rest // equal + (index < rest % equal) for index in range(equal)] + last
 

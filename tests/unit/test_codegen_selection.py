@@ -94,10 +94,10 @@ def test_more_tokens_never_cost_less(isa: str) -> None:
 def test_tiles_hold_all_tokens_and_none_is_small(isa: str) -> None:
     cut = selection.select(TARGETS[isa], MIXTRAL, ZEN4).blocking
     for tokens in range(1, 253):
-        sizes = selection._tile_sizes(cut, tokens, selection.ROW_LANES // TARGETS[isa].lanes)
+        sizes = selection._tile_sizes(TARGETS[isa], cut, tokens)
         assert sum(sizes) == tokens and max(sizes) <= cut.tile_tokens
         assert len(sizes) == 1 or min(sizes) >= cut.tile_tokens // 2
-    assert isa != "avx2" or selection._tile_sizes(cut, 8, 4) == [5, 3]
+    assert isa != "avx2" or selection._tile_sizes(TARGETS[isa], cut, 8) == [5, 3]
 
 
 def test_tiles_begin_where_memory_is_still_the_limit_of_vectors() -> None:

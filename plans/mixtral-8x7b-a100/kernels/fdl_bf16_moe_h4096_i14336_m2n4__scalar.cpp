@@ -7,6 +7,7 @@ namespace {
 
 struct Tile {
   static constexpr int kTokens = 2;
+  static constexpr int kLastTokens = 1;
   static constexpr int kPlaces = 1;
   static constexpr int64_t kDepthPairs = 256;
   static constexpr int64_t kFetchTokens = 1;

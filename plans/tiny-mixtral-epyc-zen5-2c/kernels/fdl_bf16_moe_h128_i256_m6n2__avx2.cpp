@@ -7,6 +7,7 @@ namespace {
 
 struct Tile {
   static constexpr int kTokens = 6;
+  static constexpr int kLastTokens = 3;
   static constexpr int kPlaces = 1;
   static constexpr int64_t kDepthPairs = 128;
   static constexpr int64_t kFetchTokens = 1;

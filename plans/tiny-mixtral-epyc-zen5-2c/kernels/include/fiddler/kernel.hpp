@@ -19,6 +19,7 @@
 //   kBurnSums           independent sums that keep the multiply units busy
 // A Tile provides
 //   kTokens             most tokens of a register tile
+//   kLastTokens         of the last of several, where the others can be so few all the same; or 0
 //   vectors(tokens)     of outputs beside each other in a tile of so many tokens
 //   kPlaces             of a block's depth that one pass reads in turn: several streams from memory
 //   kDepthPairs         depth block of several passes: its weights and the next one's stay in the second-level cache
@@ -176,18 +177,6 @@ inline void pass_strip(int64_t lines, const typename Isa::Element* x, const uint
   strip<Isa, kStride, 1, M, N, kLines>(x, w, pairs, from, to, {at, pairs, nullptr});
 }
 
-// Of several tiles each has at least so many tokens: Parts makes them equal, but for a last one of just so many.
-template <class Tile>
-constexpr int kLeastTokens = (Tile::kTokens + 1) / 2;
-
-// So many tokens for the last of several, where that is a tile of all of a row's vectors and larger ones are not: it takes
-// one pass, with as many sums. Two tiles of AVX2 with 8 tokens are 5 x 2 and 3 x 4 then, not 4 x 2 twice.
-template <class Isa, class Tile>
-constexpr int kLastTokens = Tile::vectors(kLeastTokens<Tile>) * Isa::kLanes == fdl::kLanes &&
-                                    Tile::vectors(Tile::kTokens) * Isa::kLanes < fdl::kLanes
-                                ? kLeastTokens<Tile>
-                                : 0;
-
 template <class Isa, class Tile, int64_t kStride, int kPlaces, int M = Tile::kTokens>
 inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, const float* from, float* to) {
   if constexpr (M > 1) {
@@ -205,7 +194,7 @@ inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, c
       const auto* ahead = reinterpret_cast<const char*>(w + kAhead * fdl::kLanes);
       const Fetch fetch{ahead, most, next ? next : ahead + most * fdl::kRowBytes};
       strip<Isa, kStride, kPlaces, M, N, M >= Tile::kFetchTokens ? -Tile::kFetchLevel : 0>(x, w, pairs, begin, to + column, fetch);
-    } else if constexpr (N < kVectors || M >= kLeastTokens<Tile>) {
+    } else if constexpr (N < kVectors || 2 * M >= Tile::kTokens) {  // of several tiles none is smaller
       // Spread over the passes: what a core is asked for sooner than memory answers it drops.
       constexpr int64_t kStep = Isa::kPairsAtOnce;
       const int64_t lines = (2 * kStep + block.passes - 1) / block.passes;
@@ -282,7 +271,7 @@ inline void run_block(const fdl::Task& task, const uint32_t* next) {
   // A depth that these do not part equally is read at one place. (A split leaves out rows that they do part.)
   constexpr int64_t kPairs = kGateUp ? fdl::kHiddenPairs : fdl::kIntermediatePairs;
   constexpr int kPlaces = kPairs % Tile::kPlaces == 0 ? Tile::kPlaces : 1;
-  const Parts tiles(task.tokens, Tile::kTokens, kLastTokens<Isa, Tile>);
+  const Parts tiles(task.tokens, Tile::kTokens, Tile::kLastTokens);
   const auto passes_of = [](int64_t tokens) { return fdl::kLanes / Isa::kLanes / Tile::vectors(static_cast<int>(tokens)); };
   const int64_t passes = tiles.equal_count() * passes_of(tiles.largest()) + (tiles.last ? passes_of(tiles.last) : 0);
   // Equal ones: as long as a block, so long takes what is fetched meanwhile. Shorter ones if few sums have to be moved.
