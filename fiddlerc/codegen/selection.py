@@ -256,7 +256,7 @@ def _k_blocks(
 ) -> Iterator[int]:
     for k_block in K_BLOCKS:
         if k_block > K_BLOCKS[0] and k_block // 2 >= depth:
-            continue  # the same as the one before: all of the depth
+            continue  # of several tiles the same as the one before: all of the depth
         if (size := working_set(target, k_block)) > target.l2_share * l2:
             rejected.append(f"not k_block {k_block}: {format_bytes(size)} of the {format_bytes(l2)} L2")
             continue

@@ -22,7 +22,8 @@
 //   kLastTokens         of the last of several, where the others can be so few all the same; or 0
 //   vectors(tokens)     of outputs beside each other in a tile of so many tokens
 //   kPlaces             of a block's depth that one pass reads in turn: several streams from memory
-//   kDepthPairs         depth block of several passes: its weights and the next one's stay in the second-level cache
+//   kDepthPairs         depth block of several tiles: its weights and the next one's stay in the second-level cache; a single
+//                       tile's is half as deep
 //   kFetchTokens        from so many tokens on one pass fetches the weights ahead of itself
 //   kFetchBytes         how far ahead, of all places together
 //   kFetchLevel         into which cache, 1 or 2
@@ -49,7 +50,8 @@ struct Block {
   int64_t pass;          // made so far: several fetch `next` as evenly as they can
 };
 
-// Where a strip fetches: from `at` on, so many bytes further with each pair; after `pairs` of them from `then` on.
+// Where a strip fetches: from `at` on, so many bytes further with each pair; after `pairs` of them from `then` on. One of
+// two passes: from `then` on as well.
 struct Fetch {
   const char* at;
   int64_t pairs;
@@ -84,13 +86,16 @@ template <class Isa, int64_t kStride, int kStep, int M, int N>
 }
 
 // What a strip fetches is kFetch: rows that it soon reads itself, with each pair, into the first- (-1) or second-level cache
-// (-2); or, for later passes, so many cache lines with each step of kPairsAtOnce pairs, into the second: where that is two or
-// more each line once more, half a block later, since a core drops a part of what it is asked for so fast.
+// (-2); or, for later passes, so many cache lines with each step of kPairsAtOnce pairs, into the second. Two passes ask for
+// each line twice: a core drops a part of what it is asked for so fast.
+template <class Isa, int kFetch>
+constexpr bool kTwice = kFetch > 1 && kFetch == Isa::kPairsAtOnce;
 
 // A pair of inputs at each of kPlaces places, `pairs` from one to the next, and on to the next one. `at`: which of a step's.
 template <class Isa, int64_t kStride, int kPlaces, int kFetch, int M, int N>
 [[gnu::always_inline]] inline void add_pair(typename Isa::Vector (&acc)[M][N], const typename Isa::Element*& x,
-                                            const uint32_t*& w, int64_t pairs, const char*& fetch, int at) {
+                                            const uint32_t*& w, int64_t pairs, const char*& fetch, int64_t again,
+                                            int at) {
   if constexpr (kFetch < 0) {
     constexpr int kLocality = 4 + kFetch;  // as GCC counts: 3 is the first level
 #pragma GCC unroll 4
@@ -101,7 +106,7 @@ template <class Isa, int64_t kStride, int kPlaces, int kFetch, int M, int N>
     fetch += fdl::kRowBytes;
   } else if (at * kFetch % Isa::kPairsAtOnce < kFetch) {
     __builtin_prefetch(fetch, 0, 2);
-    if constexpr (kFetch >= 2) __builtin_prefetch(fetch - pairs * fdl::kRowBytes / 2, 0, 2);
+    if constexpr (kTwice<Isa, kFetch>) __builtin_prefetch(fetch + again, 0, 2);
     fetch += 64;
   }
 #pragma GCC unroll 4
@@ -133,15 +138,16 @@ template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
     for (int n = 0; n < N; ++n)
       acc[m][n] = from ? *reinterpret_cast<const Stored*>(from + m * fdl::kLanes + n * Isa::kLanes) : Vector{};
   }
+  const int64_t again = fetch.then - fetch.at;
   int64_t p = 0, end = kFetch < 0 ? fetch.pairs : pairs;
   for (int part = 0; part < 1 + (kFetch < 0); ++part, end = pairs, fetch.at = fetch.then) {
     for (; p + kAtOnce <= end; p += kAtOnce) {
 #pragma GCC unroll 4
       for (int pair = 0; pair < kAtOnce; ++pair)
-        add_pair<Isa, kStride, kPlaces, kFetch>(acc, x, w, pairs, fetch.at, pair);
+        add_pair<Isa, kStride, kPlaces, kFetch>(acc, x, w, pairs, fetch.at, again, pair);
     }
 #pragma GCC unroll 1  // or GCC 12 writes it out again, twice as much code
-    for (; kAtOnce > 1 && p < end; ++p) add_pair<Isa, kStride, kPlaces, kFetch>(acc, x, w, pairs, fetch.at, 0);
+    for (; kAtOnce > 1 && p < end; ++p) add_pair<Isa, kStride, kPlaces, kFetch>(acc, x, w, pairs, fetch.at, again, 0);
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
@@ -170,11 +176,11 @@ inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pai
 // One of several passes, which fetches `lines` cache lines with each step.
 template <class Isa, int64_t kStride, int M, int N, int kLines = Isa::kPairsAtOnce>
 inline void pass_strip(int64_t lines, const typename Isa::Element* x, const uint32_t* w, int64_t pairs, const float* from,
-                       float* to, const char* at) {
+                       float* to, const char* at, const char* again) {
   if constexpr (kLines > 0) {
-    if (lines < kLines) return pass_strip<Isa, kStride, M, N, kLines - 1>(lines, x, w, pairs, from, to, at);
+    if (lines < kLines) return pass_strip<Isa, kStride, M, N, kLines - 1>(lines, x, w, pairs, from, to, at, again);
   }
-  strip<Isa, kStride, 1, M, N, kLines>(x, w, pairs, from, to, {at, pairs, nullptr});
+  strip<Isa, kStride, 1, M, N, kLines>(x, w, pairs, from, to, {at, pairs, again});
 }
 
 template <class Isa, class Tile, int64_t kStride, int kPlaces, int M = Tile::kTokens>
@@ -199,8 +205,10 @@ inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, c
       constexpr int64_t kStep = Isa::kPairsAtOnce;
       const int64_t lines = (2 * kStep + block.passes - 1) / block.passes;
       const bool asked = !next || block.pass * lines >= 2 * kStep;
+      // Of two passes the first asks for the later half of this block again, the second for the first half of the next.
+      const char* again = block.pass ? next : reinterpret_cast<const char*>(block.weights) + 64 * block.pairs;
       pass_strip<Isa, kStride, M, N>(asked ? 0 : lines, x, w, block.pairs, begin, to + column,
-                                     asked ? nullptr : next + 64 * block.pairs * lines / kStep * block.pass);
+                                     asked ? nullptr : next + 64 * block.pairs * lines / kStep * block.pass, again);
     }
   }
 }
@@ -261,8 +269,8 @@ inline void store_sums(const fdl::Task& task, const float* sums, int64_t first, 
 
 // One block. `next` is worth fetching after it; or null.
 //
-// Tokens of one tile read the weights once, fetched a little ahead or at several places. Several tiles cut the depth in blocks
-// that they pass over in turn, while the next block is fetched: memory and multiply units work at the same time.
+// What one pass is enough for reads the weights once, fetched a little ahead or at several places. Several passes cut the
+// depth in blocks that they take in turn, while the next one is fetched: memory and multiply units work at the same time.
 template <class Isa, class Tile, fdl::Phase kPhase>
 inline void run_block(const fdl::Task& task, const uint32_t* next) {
   using Element = typename Isa::Element;
@@ -274,7 +282,8 @@ inline void run_block(const fdl::Task& task, const uint32_t* next) {
   const Parts tiles(task.tokens, Tile::kTokens, Tile::kLastTokens);
   const auto passes_of = [](int64_t tokens) { return fdl::kLanes / Isa::kLanes / Tile::vectors(static_cast<int>(tokens)); };
   const int64_t passes = tiles.equal_count() * passes_of(tiles.largest()) + (tiles.last ? passes_of(tiles.last) : 0);
-  // Equal ones: as long as a block, so long takes what is fetched meanwhile. Shorter ones if few sums have to be moved.
+  // Equal ones: as long as a block, so long takes what is fetched meanwhile. One tile moves few sums, and
+  // AVX2's of 4 and 5 tokens are faster with shorter ones.
   const Parts depths(task.pairs, passes == 1 ? task.pairs : tiles.count == 1 ? Tile::kDepthPairs / 2 : Tile::kDepthPairs);
   for (int64_t d = 0; d < depths.count; ++d) {
     const int64_t first = depths.first(d);
