@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 
@@ -9,8 +10,17 @@ import sys
 def main() -> None:
     """Runs the command line; exits with its status. One that is told to stop removes what is half done: 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the locale cannot write
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         from .cli import run_command_line
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except MemoryError:
+        print("error: not enough memory to start", file=sys.stderr)
+        print("hint: ulimit -v   (what this shell permits), free -g", file=sys.stderr)
+        sys.exit(1)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("fiddlerc", "fiddler_runtime"):
             raise

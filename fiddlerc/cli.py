@@ -53,6 +53,7 @@ out = Console(highlight=False, soft_wrap=True, markup=False)
 
 INTERRUPTED = 130
 SWEEP_POINTS = 10
+MOST_BEAMS = 4096
 MOST_MEMORY = 1 << 50  # 1 PiB: more is a slip of the pen
 
 
@@ -261,8 +262,18 @@ def calibrate(
             source=source,
             progress=progress,
         )
+    doubts = pipeline.doubts(calibration)
+    for line in doubts:
+        err.print(f"[yellow]warning:[/] {_escape(line)}")
     if as_json:
-        _print_json({"hardware": str(output), "limits": dataclasses.asdict(calibration.limits)})
+        _print_json(
+            {
+                "hardware": str(output),
+                "source": calibration.source,
+                "limits": dataclasses.asdict(calibration.limits),
+                "doubts": doubts,
+            }
+        )
         return
     limits, machine = calibration.limits, calibration.machine
     out.print(f"machine      {machine.cpu}, {machine.cores} cores, {', '.join(machine.isa)}")
@@ -273,6 +284,7 @@ def calibrate(
             f"accelerator  {machine.accelerator.name} ({machine.accelerator.kind}): "
             f"{limits.gpu_peak_gflops:.0f} GFLOP/s, {limits.host_to_device_gbps:.1f} GB/s to it"
         )
+    out.print(f"source       {calibration.source}")
     out.print(f"written      {output} ({len(calibration.samples)} samples)")
 
 
@@ -288,7 +300,7 @@ def trace(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of these, tokens counted as prefill.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Sequences run together.")] = 4,
     generate_tokens: Annotated[int, typer.Option(min=0, help="Also let the model write this many.")] = 0,
-    beams: Annotated[int, typer.Option(min=1, help="Beams while it writes; counted once.")] = 1,
+    beams: Annotated[int, typer.Option(min=1, max=MOST_BEAMS, help="Beams while it writes; counted once.")] = 1,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after this much text.")] = None,
     packed_cache: PackedCache = None,
     as_json: Json = False,
@@ -471,7 +483,7 @@ def run(
         Path | None, typer.Option(metavar="ONNX", help="The file with the experts, of a plan compiled from one.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
-    beams: Annotated[int, typer.Option(min=1, help="Beam search with this many beams.")] = 1,
+    beams: Annotated[int, typer.Option(min=1, max=MOST_BEAMS, help="Beam search with this many beams.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sample at this temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling.")] = 0,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
@@ -537,7 +549,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt of decode and beam.")] = 32,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens written in decode and beam.")] = 64,
     prefill_tokens: Annotated[int, typer.Option(min=1, help="Prompt of prefill.")] = 512,
-    beams: Annotated[int, typer.Option(min=2, help="Beams of beam.")] = 4,
+    beams: Annotated[int, typer.Option(min=2, max=MOST_BEAMS, help="Beams of beam.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved repetitions.")] = 5,
     device: Device = DeviceOption.auto,
     isa: Isa = None,
@@ -780,10 +792,9 @@ def run_command_line(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except typer.Exit as stop:
         return stop.exit_code
-    except BrokenPipeError:
-        return 141
     except OSError as error:  # a full or failing disk, wherever it was noticed
-        err.print(f"[red]error:[/] {_escape(f'{error.strerror or error}: {error.filename or tempfile.gettempdir()}')}")
+        where = error.filename or f"standard output, or a temporary file in {tempfile.gettempdir()}"
+        err.print(f"[red]error:[/] {_escape(f'{error.strerror or error}: {where}')}")
         err.print("[cyan]hint:[/] df -h shows which disk is full; TMPDIR=FOLDER moves temporary files")
         return 1
     except Exception as error:
@@ -837,6 +848,8 @@ def _shares(calls: dict[str, int]) -> str:
 
 def _prompt(option: str) -> str:
     """The prompt's text: the option, or standard input for '-'. Raises FiddlerError if it is not UTF-8."""
+    if option == "-" and sys.stdin is None:
+        raise FiddlerError("no prompt", found="a closed standard input", expected="text", hint="--prompt TEXT")
     data = sys.stdin.buffer.read() if option == "-" else option.encode(errors="surrogateescape")
     try:
         return data.decode()

@@ -24,6 +24,7 @@ from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import available_bytes, refused, this_machine
 from fiddler_runtime.plan import HardwareSummary, Header, Plan
+from fiddler_runtime.text import format_bytes
 
 from . import __version__, codegen, export, frontend, hardware, latency, placement, report, simulate
 from . import execution as execution
@@ -95,6 +96,8 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     the model's, at most 4096; batch 1, or 4 where the objective includes beams; kernels for every known ISA.
     Raises FiddlerError for everything a user can get wrong; nothing is left behind then.
     """
+    if request.output is not None:  # before anything is written
+        _check_apart(request.output, request.dump_dir, request.plots_dir)
     dump = _Dump(request.dump_dir)
 
     model = frontend.with_cache(frontend.load_model(request.model), request.model, request.kv_bytes_per_token)
@@ -113,6 +116,7 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     dump("latency", fitted)
 
     output = request.output or Path(f"{model.name}-{calibration.name}")
+    _check_apart(output, request.dump_dir, request.plots_dir)
     plan_format.check_destination(output)
     options = _options(request, model, calibration)
     steps = tracing.sample_steps(trace, popularity, model, options)
@@ -150,7 +154,7 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
             "--include-binaries needs the kernels built", found="--no-build", hint="leave out --no-build"
         )
 
-    assumptions = _assumptions(calibration, trace, model)
+    assumptions = _assumptions(calibration, trace, model, options)
     header = Header(
         format_major=plan_format.FORMAT_MAJOR,
         format_minor=plan_format.FORMAT_MINOR,
@@ -174,9 +178,9 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
 
     told = report.Inputs(header, calibration, fitted, placed, budget, tables, steps, prediction)
     files["report.html"] = report.render(told)
+    plan = plan_format.write_plan(output, header, tables, files)
     if request.plots_dir is not None:
         _write_plots(request.plots_dir, report.plots(told))
-    plan = plan_format.write_plan(output, header, tables, files)
     return Compiled(plan, library)
 
 
@@ -559,8 +563,15 @@ def _decide(
     return _Decided(budget, placed, tables, features)
 
 
-def _assumptions(calibration: Calibration, trace: Trace | None, model: ModelSpec) -> tuple[str, ...]:
+def _assumptions(calibration: Calibration, trace: Trace | None, model: ModelSpec, options: Options) -> tuple[str, ...]:
     lines = list(model.expert_tensors.notes)
+    accelerator = calibration.machine.accelerator
+    if 0 < accelerator.memory_bytes < options.gpu_memory_bytes:
+        lines.append(
+            f"--gpu-memory is {format_bytes(options.gpu_memory_bytes)}, more than the "
+            f"{format_bytes(accelerator.memory_bytes)} of {accelerator.name}"
+        )
+    lines += doubts(calibration)
     if trace is not None and trace.model_fingerprint != model.fingerprint:
         lines.append(f"the trace is of {trace.model_name}: for an ONNX file its shapes are all that was compared")
     if calibration.provenance != "measured":
@@ -658,6 +669,23 @@ def _tune(request: CompileRequest, form: ExpertForm, calibration: Calibration, p
 def _build(sources: KernelSources, progress: Progress | None) -> Path:
     with tempfile.TemporaryDirectory(prefix="fiddlerc-") as folder:
         return build_kernels(sources.write(Path(folder)), progress=progress)
+
+
+def doubts(calibration: Calibration) -> list[str]:
+    """What cannot be about a calibration: its steps contradict each other."""
+    return hardware.contradictions(calibration.steps)
+
+
+def _check_apart(output: Path, *folders: Path | None) -> None:
+    """Raises FiddlerError if one of the folders is the plan's or lies in it: a plan holds what plan.json lists."""
+    for folder in folders:
+        if folder is not None and folder.resolve().is_relative_to(output.resolve()):
+            raise FiddlerError(
+                f"{folder} is in the plan {output}",
+                found="--dump-dir or --plots inside of --output",
+                expected="a folder outside of the plan",
+                hint=f"give --dump-dir or --plots {output}-report, or another folder",
+            )
 
 
 def _write_plots(folder: Path, plots: dict[str, bytes]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from .calibrate import ModelBytes, measure
 from .catalog import catalog_names, load_hardware, verify_calibration, write_hardware
 from .checks import Check, doctor
+from .sampling import contradictions
 from .tuning import require_this_machine, tune
 
 __all__ = [
     "Check",
     "ModelBytes",
     "catalog_names",
+    "contradictions",
     "doctor",
     "load_hardware",
     "measure",

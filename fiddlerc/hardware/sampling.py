@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..ir import Quantity, Regime, Sample
+from ..ir import Quantity, Regime, Sample, StepSample
 from .regimes import Regimes
 
 Timed = Callable[[int], float]
@@ -17,6 +18,10 @@ Timed = Callable[[int], float]
 STEADY = 0.85
 """Share of the best peak probe below which other load is held responsible for what was measured."""
 ATTEMPTS = 3
+
+
+CONTRADICTION = 1.5
+"""A step that takes so many times as long as one with more to do was not alone on the machine."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,23 @@ def samples(points: Iterable[Point], regimes: Regimes) -> tuple[Sample, ...]:
         )
         for (of, regime), times in series.items()
     )
+
+
+def contradictions(steps: Sequence[StepSample]) -> list[str]:
+    """What cannot be about measured steps, a line a model: one that takes longer than another with more to do."""
+
+    def tokens(step: StepSample) -> int:
+        return step.context or step.tokens  # before a step that decodes; of a prompt
+
+    lines = {}
+    for short, long in itertools.permutations(steps, 2):
+        alike = (short.model, short.sequences, short.context > 0) == (long.model, long.sequences, long.context > 0)
+        if alike and tokens(short) < tokens(long) and short.median_us > CONTRADICTION * long.median_us:
+            lines[short.model] = (
+                f"steps of {short.model} contradict each other: {tokens(short)} tokens took {short.median_us / 1e3:.1f}"
+                f" ms, {tokens(long)} {long.median_us / 1e3:.1f}. Something else kept the machine busy: calibrate again"
+            )
+    return list(lines.values())
 
 
 class Guard:

@@ -44,13 +44,22 @@ def default_workload(spec: ModelSpec) -> Workload:
 def parse_workload(texts: Sequence[str], spec: ModelSpec) -> Workload:
     """'decode:IN/OUT', 'prefill:TOKENS', 'beam:WIDTH', or 'all' for the default of each.
 
-    Raises FiddlerError for other words, for zeros, for what is longer than the model's context, and for more steps
+    Raises FiddlerError for other words, two of a kind, zeros, what is longer than the model's context, and more steps
     than can be replayed.
     """
     workload, asked = default_workload(spec), list[Scenario]()
     steps = MOST_COUNTS // (len(spec.moe_layers) * spec.num_experts)
+    kinds = set[str]()
     for text in texts:
         kind, numbers = _parse(text)
+        if kind in kinds - {"all"}:
+            raise FiddlerError(
+                "a workload of one kind twice",
+                found=" and ".join(t for t in texts if t.startswith(kind)),
+                expected=f"one --workload {kind}:...",
+                hint="run fiddlerc predict once for each",
+            )
+        kinds.add(kind)
         if kind == "all":
             asked += ["decode", "prefill", "beam"]
         elif kind == "decode":

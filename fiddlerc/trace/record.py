@@ -259,7 +259,9 @@ def _check_arguments(spec: ModelSpec, sequence_tokens: int, prompt_tokens: int, 
             f"sequences longer than the context of {spec.name}",
             found=f"{longest} tokens",
             expected=f"at most {spec.max_context}",
-            hint=f"give --sequence-tokens {min(256, spec.max_context)}",
+            hint=f"give --sequence-tokens {min(256, spec.max_context)}"
+            if longest == sequence_tokens
+            else f"give --generate-tokens {max(0, spec.max_context - prompt_tokens)}, or fewer --prompt-tokens",
         )
     if spec.num_experts > MAX_EXPERTS:
         raise FiddlerError("too many experts for a trace", found=spec.num_experts, expected=f"at most {MAX_EXPERTS}")

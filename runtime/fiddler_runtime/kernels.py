@@ -178,7 +178,9 @@ class KernelLibrary:
                 f"this plan's kernels were not compiled for {isa}",
                 found=", ".join(self.isas),
                 expected=isa,
-                hint=f"fiddlerc compile ... --isa {isa}" if isa in KNOWN_ISAS else f"--isa {self.isas[0]}",
+                hint=f"fiddlerc compile ... --isa {isa}"
+                if isa in KNOWN_ISAS
+                else "leave out --isa: the best that runs here is taken",
             )
         raise FiddlerError(
             f"this CPU cannot run {isa} kernels",

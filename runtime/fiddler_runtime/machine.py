@@ -111,18 +111,26 @@ def find_accelerator(
     """
     if kind == "none":
         return Accelerator("none", "none", 0, "")
+    if kind == "cuda":
+        require_cuda()
     if kind in ("auto", "cuda"):
         found = _cuda_device(root)
         if found is not None:
             return found
-    if kind == "cuda":
+    return Accelerator("simulated", "one CPU core", machine_memory_bytes // 4, "")
+
+
+def require_cuda() -> None:
+    """Raises FiddlerError if torch sees no CUDA device."""
+    import torch
+
+    if not torch.cuda.is_available():
         raise FiddlerError(
             "no CUDA device to use",
             found="torch.cuda.is_available() is False",
             expected="an NVIDIA GPU with its driver, and a torch built for CUDA",
-            hint="fiddlerc doctor   (or take --device simulated to go on without a GPU)",
+            hint="fiddlerc doctor   (or take the simulated accelerator, to go on without a GPU)",
         )
-    return Accelerator("simulated", "one CPU core", machine_memory_bytes // 4, "")
 
 
 def cpu_lane_threads(cores: int, kind: AcceleratorKind) -> int:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from .errors import FiddlerError, FiddlerWarning
-from .machine import available_bytes
+from .machine import available_bytes, require_cuda
 from .packed_cache import PackedCache
 from .plan import Header, ModelSpec
 from .reading import BUFFERS
@@ -147,6 +147,7 @@ def survey(header: Header, setup: Setup, cache: PackedCache | None, *, whole_mod
         needs += _packing(spec, cache)
     available = _available(cache)
     if setup.kind == "cuda":
+        require_cuda()
         available["accelerator memory"] = int(torch.cuda.mem_get_info()[0])
     source = total * spec.expert_bytes if cache is None else cache.missing_bytes()
     optional = residents * spec.expert_bytes if "cpu" in setup.strategies else 0

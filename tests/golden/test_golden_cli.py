@@ -71,6 +71,12 @@ def with_config(folder: Path, name: str, **changes: object) -> Path:
     return model
 
 
+def whole_with_config(folder: Path, **changes: object) -> Path:
+    """The demo model with another config.json."""
+    model = with_config(folder, "changed", **changes)
+    return Path(shutil.copytree(DEMO, model, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json")))
+
+
 def compiled(folder: Path, model: Path = DEMO, **options: Any) -> Path:
     """A plan without its report, whose figures take most of the time."""
     request = pipeline.CompileRequest(str(model), "a100", output=folder / "plan", build=False, **options)
@@ -183,6 +189,15 @@ MISTAKES: dict[str, Callable[[Path], list[object]]] = {
     "no-such-model-directory-to-verify": lambda f: ["verify", plan(f), "--model", f / "none"],
     "no-such-counts": lambda f: ["trace", "mixtral", "--from-counts", f / "none.json", "-o", f / "t"],
     "dump-dir-is-a-file": lambda f: compile_demo("--dump-dir", DEMO / "config.json"),
+    "dump-dir-in-the-plan": lambda f: compile_demo("--dump-dir", "out/stages"),
+    "plots-in-the-plan": lambda f: compile_demo("--plots", "out"),
+    "config-that-transformers-refuses": lambda f: [
+        "run", plan(f), "--model", whole_with_config(f, dtype="float99"), "--prompt", "a",
+    ],
+    "too-many-beams": lambda f: ["run", plan(f), "--model", DEMO, "--prompt", "a", "--beams", "100000"],
+    "generating-beyond-the-context": lambda f: [
+        "trace", DEMO, "--text", DEMO / "heldout-docs.txt", "--generate-tokens", "9999999", "-o", f / "t",
+    ],
     "prompt-that-is-not-utf-8": lambda f: ["run", plan(f), "--model", DEMO, "--prompt", "a\udcff"],
     "seed-out-of-range": lambda f: ["run", plan(f), "--model", DEMO, "--prompt", "a", "--seed", "-1"],
     "onnx-without-moe": lambda f: ["compile", onnx_file(f, moe=False), "--hw", "a100"],
@@ -208,6 +223,7 @@ MISTAKES: dict[str, Callable[[Path], list[object]]] = {
     "predict-without-hardware": lambda f: ["predict", "mixtral"],
     "predict-plan-with-hardware": lambda f: ["predict", plan(f), "--hw", "a100"],
     "predict-too-many-beams": lambda f: ["predict", plan(f), "--workload", "beam:99999999"],
+    "predict-two-of-a-kind": lambda f: ["predict", plan(f), "--workload", "beam:2", "--workload", "beam:4"],
     "predict-beyond-the-context": lambda f: ["predict", plan(f), "--workload", "decode:1000/1000"],
     "predict-no-tokens": lambda f: ["predict", plan(f), "--workload", "prefill:-1"],
     "predict-no-workload": lambda f: ["predict", plan(f), "--workload", "chat:8"],
@@ -274,6 +290,43 @@ def test_a_model_that_does_not_fit(
     text = "".join(f"{line}\n" for line in capsys.readouterr().err.splitlines() if not line.startswith("warning"))
     golden(f"errors/{'memory-with-packed-cache' if option else 'memory'}.txt", text)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_gpu_that_is_not_there(
+    tmp_path: Path, golden: Golden, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    path = str(plan(tmp_path))
+    capsys.readouterr()
+    assert run_command_line(["run", path, "--model", str(DEMO), "--prompt", "a", "--device", "cuda"]) == 1
+    err = capsys.readouterr().err
+    golden("errors/no-gpu.txt", "".join(f"{line}\n" for line in err.splitlines() if not line.startswith("warning")))
+
+
+def test_a_closed_standard_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    path = str(plan(tmp_path))
+    assert run_command_line(["run", path, "--model", str(DEMO), "--prompt", "-", "--device", "none"]) == 1
+    assert "closed standard input" in capsys.readouterr().err
+
+
+def test_a_full_standard_output(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "fiddlerc", "inspect", str(plan(tmp_path)), "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "No space left on device: standard output" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_names_that_the_locale_cannot_write(tmp_path: Path) -> None:
+    path = shutil.copytree(demo_plan(), tmp_path / "pl\xe4n")
+    command = [sys.executable, "-m", "fiddlerc", "inspect", str(path)]
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert "tiny-mixtral" in done.stdout
 
 
 def test_no_compiler(

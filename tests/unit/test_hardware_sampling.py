@@ -9,7 +9,8 @@ import pytest
 from fiddler_runtime.machine import this_machine
 from fiddlerc.hardware import calibrate
 from fiddlerc.hardware.regimes import Regimes
-from fiddlerc.hardware.sampling import ATTEMPTS, Guard, Point, repeat, samples, sizes_within
+from fiddlerc.hardware.sampling import ATTEMPTS, Guard, Point, contradictions, repeat, samples, sizes_within
+from fiddlerc.ir import StepSample
 
 
 class Clock:
@@ -136,3 +137,18 @@ def test_the_best_peak_may_be_seen_late() -> None:
     assert watch(lambda: next(results)) == [1.0]
     assert watch(lambda: next(results)) == [3.0]
     assert watch.best == 120.0
+
+
+def step(median_us: float, *, tokens: int = 1, context: int = 0, model: str = "m") -> StepSample:
+    return StepSample(model, "f", 2, 100, 10, tokens, 1, context, median_us, 0.0, 8)
+
+
+def test_a_step_that_takes_longer_than_one_with_more_to_do_is_a_contradiction() -> None:
+    assert (
+        contradictions([step(100, context=28), step(70, context=140), step(300, tokens=16), step(201, tokens=32)]) == []
+    )
+    (line,) = contradictions([step(291_748, context=28), step(291_794, context=140), step(46_021, context=524)])
+    assert "140 tokens took 291.8 ms, 524 46.0" in line
+    assert len(contradictions([step(200, tokens=16), step(100, tokens=32)])) == 1
+    # Another model's, and a prompt beside a step that decodes, say nothing.
+    assert contradictions([step(200, tokens=16), step(100, tokens=32, model="n"), step(50, context=64)]) == []
