@@ -265,6 +265,8 @@ def calibrate(
     doubts = pipeline.doubts(calibration)
     for line in doubts:
         err.print(f"[yellow]warning:[/] {_escape(line)}")
+    if disturbed := calibration.source.partition("; ")[2]:
+        err.print(f"[yellow]note:[/] {_escape(disturbed)}")
     if as_json:
         _print_json(
             {
@@ -284,7 +286,6 @@ def calibrate(
             f"accelerator  {machine.accelerator.name} ({machine.accelerator.kind}): "
             f"{limits.gpu_peak_gflops:.0f} GFLOP/s, {limits.host_to_device_gbps:.1f} GB/s to it"
         )
-    out.print(f"source       {calibration.source}")
     out.print(f"written      {output} ({len(calibration.samples)} samples)")
 
 
