@@ -94,8 +94,8 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
 
     Defaults: output `<model>-<machine>` in the current directory; GPU memory that of the machine's accelerator; context
     the model's, at most 4096; batch 1, or 4 where the objective includes beams; kernels for every known ISA.
-    Raises FiddlerError for everything a user can get wrong; nothing is left behind then, but for a whole plan whose plots
-    could not be written.
+    Raises FiddlerError for everything a user can get wrong; nothing is left behind then, but a whole plan whose
+    plots could not be written.
     """
     if request.output is not None:  # before anything is written
         _check_apart(request.output, request.dump_dir, request.plots_dir)

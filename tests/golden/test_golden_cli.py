@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from fiddler_runtime import strict
+from fiddlerc import __main__ as fiddlerc_main
 from fiddlerc import pipeline
 from fiddlerc.cli import run_command_line
 
@@ -310,6 +311,30 @@ def test_a_closed_standard_input(
     path = str(plan(tmp_path))
     assert run_command_line(["run", path, "--model", str(DEMO), "--prompt", "-", "--device", "none"]) == 1
     assert "closed standard input" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"), [(KeyboardInterrupt, 130, "interrupted"), (MemoryError, 1, "memory")]
+)
+def test_what_happens_while_packages_are_imported(
+    raised: type[BaseException],
+    status: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            if name == "fiddlerc.cli":
+                raise raised
+
+    monkeypatch.delitem(sys.modules, "fiddlerc.cli")
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    with pytest.raises(SystemExit) as stopped:
+        fiddlerc_main.main()
+    assert stopped.value.code == status and said in capsys.readouterr().err
 
 
 def test_a_full_standard_output(tmp_path: Path) -> None:
