@@ -53,8 +53,8 @@ out = Console(highlight=False, soft_wrap=True, markup=False)
 
 INTERRUPTED = 130
 SWEEP_POINTS = 10
-MOST_BEAMS = 4096
-MOST_MEMORY = 1 << 50  # 1 PiB: more is a slip of the pen
+MOST_BEAMS = 4096  # more is a slip of the pen, and so is more memory than 1 PiB
+MOST_MEMORY = 1 << 50
 
 
 class ObjectiveOption(StrEnum):
@@ -262,20 +262,9 @@ def calibrate(
             source=source,
             progress=progress,
         )
-    doubts = pipeline.doubts(calibration)
-    for line in doubts:
-        err.print(f"[yellow]warning:[/] {_escape(line)}")
-    if disturbed := calibration.source.partition("; ")[2]:
-        err.print(f"[yellow]note:[/] {_escape(disturbed)}")
     if as_json:
-        _print_json(
-            {
-                "hardware": str(output),
-                "source": calibration.source,
-                "limits": dataclasses.asdict(calibration.limits),
-                "doubts": doubts,
-            }
-        )
+        told = {"source": calibration.source, "limits": dataclasses.asdict(calibration.limits)}
+        _print_json({"hardware": str(output), **told})
         return
     limits, machine = calibration.limits, calibration.machine
     out.print(f"machine      {machine.cpu}, {machine.cores} cores, {', '.join(machine.isa)}")
@@ -848,7 +837,7 @@ def _shares(calls: dict[str, int]) -> str:
 
 
 def _prompt(option: str) -> str:
-    """The prompt's text: the option, or standard input for '-'. Raises FiddlerError if it is not UTF-8."""
+    """The prompt's text: the option, or standard input for '-'. Raises FiddlerError if that is closed, or not UTF-8."""
     if option == "-" and sys.stdin is None:
         raise FiddlerError("no prompt", found="a closed standard input", expected="text", hint="--prompt TEXT")
     data = sys.stdin.buffer.read() if option == "-" else option.encode(errors="surrogateescape")

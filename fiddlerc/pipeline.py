@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from fiddler_runtime import compat, drift, makespan, strict
 from fiddler_runtime import plan as plan_format
 from fiddler_runtime.build import build_kernels, find_toolchain
-from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.errors import FiddlerError, FiddlerWarning
 from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import available_bytes, refused, this_machine
 from fiddler_runtime.plan import HardwareSummary, Header, Plan
@@ -97,14 +98,14 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     Raises FiddlerError for everything a user can get wrong; nothing is left behind then, but a whole plan whose
     plots could not be written.
     """
-    if request.output is not None:  # before anything is written
-        _check_apart(request.output, request.dump_dir, request.plots_dir)
-    dump = _Dump(request.dump_dir)
-
     model = frontend.with_cache(frontend.load_model(request.model), request.model, request.kv_bytes_per_token)
-    dump("model", model)
-
     calibration = hardware.load_hardware(request.hardware)
+    output = request.output or Path(f"{model.name}-{calibration.name}")
+    _check_apart(output, request.dump_dir, request.plots_dir)  # before anything is written
+    plan_format.check_destination(output)
+
+    dump = _Dump(request.dump_dir)
+    dump("model", model)
     dump("hardware", calibration)
     if request.tune:
         _require_tunable(request, calibration)
@@ -116,9 +117,6 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     fitted = latency.fit(calibration, model)
     dump("latency", fitted)
 
-    output = request.output or Path(f"{model.name}-{calibration.name}")
-    _check_apart(output, request.dump_dir, request.plots_dir)
-    plan_format.check_destination(output)
     options = _options(request, model, calibration)
     steps = tracing.sample_steps(trace, popularity, model, options)
     dump("steps", {scenario: len(part.tokens) for scenario, part in steps.items()})
@@ -352,6 +350,8 @@ def calibrate(
     )
     steps = [step for model in models for step in _measure_rest(model, calibration, progress)]
     calibration = dataclasses.replace(calibration, steps=tuple(steps))
+    for line in hardware.contradictions(steps):
+        warnings.warn(line, FiddlerWarning, stacklevel=2)
     output.parent.mkdir(parents=True, exist_ok=True)
     hardware.write_hardware(calibration, output)
     return calibration
@@ -572,7 +572,7 @@ def _assumptions(calibration: Calibration, trace: Trace | None, model: ModelSpec
             f"--gpu-memory is {format_bytes(options.gpu_memory_bytes)}, more than the "
             f"{format_bytes(accelerator.memory_bytes)} of {accelerator.name}"
         )
-    lines += doubts(calibration)
+    lines += hardware.contradictions(calibration.steps)
     if trace is not None and trace.model_fingerprint != model.fingerprint:
         lines.append(f"the trace is of {trace.model_name}: for an ONNX file its shapes are all that was compared")
     if calibration.provenance != "measured":
@@ -670,11 +670,6 @@ def _tune(request: CompileRequest, form: ExpertForm, calibration: Calibration, p
 def _build(sources: KernelSources, progress: Progress | None) -> Path:
     with tempfile.TemporaryDirectory(prefix="fiddlerc-") as folder:
         return build_kernels(sources.write(Path(folder)), progress=progress)
-
-
-def doubts(calibration: Calibration) -> list[str]:
-    """What cannot be about a calibration: its steps contradict each other."""
-    return hardware.contradictions(calibration.steps)
 
 
 def _check_apart(output: Path, *folders: Path | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Literal, cast
 import numpy as np
 import torch
 
-from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.errors import FiddlerError, FiddlerWarning
 from fiddler_runtime.kernels import KernelLibrary, Kernels
 from fiddler_runtime.lanes.device import Device, open_device
 from fiddler_runtime.machine import Machine, cpu_lane_threads, this_machine
@@ -177,7 +178,9 @@ def measure(
         cpu_slow_share=regimes.slow_share,
     )
     if session.disturbed:
-        source += f"; other load disturbed {session.disturbed} of {session.points} points"
+        disturbed = f"other load disturbed {session.disturbed} of {session.points} points"
+        warnings.warn(f"{disturbed}: they may be too slow", FiddlerWarning, stacklevel=2)
+        source += f"; {disturbed}"
     return Calibration(SCHEMA, name, "measured", source, machine, limits, samples(session.taken, regimes), ())
 
 

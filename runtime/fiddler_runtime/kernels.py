@@ -30,6 +30,7 @@ from .plan import ABI_VERSION, KernelSpec
 
 _OK, _E_ISA = 0, -1
 _ALIGNMENT = 64
+_LEAVE_IT = "leave the instruction set to the runtime, which takes the best that runs here"
 # struct fdl_moe_call. A call has streamed weights through the caches; the fewer Python objects the next one needs, the
 # fewer come from memory again. (A ctypes.Structure takes several times as long.)
 _PACK_MOE_CALL = struct.Struct("@PqPPPPPqiii4x").pack
@@ -178,15 +179,13 @@ class KernelLibrary:
                 f"this plan's kernels were not compiled for {isa}",
                 found=", ".join(self.isas),
                 expected=isa,
-                hint=f"fiddlerc compile ... --isa {isa}"
-                if isa in KNOWN_ISAS
-                else "leave out --isa: the best that runs here is taken",
+                hint=f"fiddlerc compile ... --isa {isa}" if isa in KNOWN_ISAS else _LEAVE_IT,
             )
         raise FiddlerError(
             f"this CPU cannot run {isa} kernels",
             found=refused(isa) or "an operating system that refuses the registers",
             expected=f"a CPU with {isa}, and a system that permits it",
-            hint="leave the instruction set to the runtime, which takes the best that runs here",
+            hint=_LEAVE_IT,
         )
 
     def _expect(self, what: str, found: object, expected: object) -> None:

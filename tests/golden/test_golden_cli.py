@@ -191,6 +191,9 @@ MISTAKES: dict[str, Callable[[Path], list[object]]] = {
     "no-such-counts": lambda f: ["trace", "mixtral", "--from-counts", f / "none.json", "-o", f / "t"],
     "dump-dir-is-a-file": lambda f: compile_demo("--dump-dir", DEMO / "config.json"),
     "dump-dir-in-the-plan": lambda f: compile_demo("--dump-dir", "out/stages"),
+    "dump-dir-in-the-plan-unnamed": lambda f: [
+        "compile", DEMO, "--hw", "a100", "--no-build", "--dump-dir", "tiny-mixtral-a100",
+    ],
     "plots-in-the-plan": lambda f: compile_demo("--plots", "out"),
     "config-that-transformers-refuses": lambda f: [
         "run", plan(f), "--model", whole_with_config(f, dtype="float99"), "--prompt", "a",

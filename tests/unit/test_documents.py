@@ -7,7 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
-    p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("examples/*/*.md")]
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "plans/*.md", "examples/*/*.md")
+    for path in ROOT.glob(pattern)
 )
 
 

@@ -151,7 +151,7 @@ def test_unknown_device_names_the_known_ones():
 def test_cuda_without_a_gpu_is_refused():
     if torch.cuda.is_available():
         pytest.skip("needs a machine without an NVIDIA GPU")
-    with pytest.raises(FiddlerError, match="found no GPU"):
+    with pytest.raises(FiddlerError, match="no CUDA device"):
         open_device("cuda")
 
 

@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 from ..errors import FiddlerError, FiddlerWarning
-from ..machine import AcceleratorKind
+from ..machine import AcceleratorKind, require_cuda
 from ..plan import ExpertForm
 from .driver import Driver
 from .expert import UnpackedExpert, run_expert, unpack_expert, unpack_expert_into
@@ -242,13 +242,7 @@ class CudaDevice(Device):
     kind: AcceleratorKind = "cuda"
 
     def __init__(self) -> None:
-        if not torch.cuda.is_available():
-            raise FiddlerError(
-                "cannot open the device cuda",
-                found="no GPU that torch can use",
-                expected="an NVIDIA GPU and a CUDA build of torch",
-                hint="fiddlerc doctor; or use the simulated device (--device simulated)",
-            )
+        require_cuda()
         warnings.warn(
             "the CUDA lanes have never been run on a GPU by this project: compare the output with transformers'",
             FiddlerWarning,
