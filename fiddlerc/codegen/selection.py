@@ -47,10 +47,12 @@ _ISSUE_PER_SLOT = 3  # six instructions a cycle beside two multiplies
 # AVX2 on Zen 4, where tile 2 x 4 takes 1.6 to 1.8 times as long as 4 x 2, which is bound by its multiplies.
 _VECTOR_FROM_L2_SLOTS = 6.0
 _PASS_SLOTS = 40.0  # entering a tile's loop and leaving it, beside moving its sums
-# A CPU with eight tiles: 16 rows of 16 sums, each of 32 products, take a cycle a row; its second-level cache gives 48
-# bytes a cycle (Intel's figures for Sapphire Rapids; nothing was measured).
+# A CPU with eight tiles: 16 rows of 16 sums, each of 32 products, take a cycle a row (16.0 a product measured); its
+# second-level cache gives some 40 bytes a cycle, and moving a tile of sums to memory and back holds up the products for
+# so long (Emerald Rapids).
 TILE_ROWS, TILE_INPUTS, _TILE_TOKENS, _TILE_VECTORS, _TILE_REGISTERS = 16, 32, 32, 2, 8
-_L2_BYTES_PER_SLOT = 48.0
+_L2_BYTES_PER_SLOT, _TILE_MOVE_SLOTS = 40.0, 23.0
+_TILE_L1_SHARE = 0.7  # of a first-level cache, for a pass's inputs: the weights leave it as it is
 _L1_SHARE = 0.5  # of a first-level cache, for inputs or what is fetched
 _TYPICAL_L1, _TYPICAL_L2 = 32 << 10, 1 << 20  # where the machine does not tell
 
@@ -98,7 +100,8 @@ def select(target: Target, expert: ExpertForm, machine: Machine | None) -> Selec
         for k_block in _k_blocks(target, tokens, vectors, depth, l1, l2, rejected):
             for fetch_bytes in _fetch_bytes(target, l1):
                 first = Blocking(tokens, vectors, narrow, k_block, 1, fetch_bytes)
-                for fetch_tokens in range(1, 1 + (target.tiles_from or 1 + most_of_one_pass(target, first))):
+                most = 1 if target.tiles else 1 + most_of_one_pass(target, first)
+                for fetch_tokens in range(1, 1 + most):
                     blocking = replace(first, fetch_tokens=fetch_tokens)
                     candidates.append(
                         Candidate(
@@ -113,7 +116,7 @@ def select(target: Target, expert: ExpertForm, machine: Machine | None) -> Selec
             hint="fiddlerc doctor   (or correct machine.l2_bytes in hw.json)",
         )
     ranked = tuple(sorted(candidates, key=lambda candidate: candidate.rank))
-    return Selection(ranked, (*_explain(target, ranked, l2), *dict.fromkeys(rejected)))
+    return Selection(ranked, (*_explain(target, ranked, l1, l2), *dict.fromkeys(rejected)))
 
 
 def finalists(selection: Selection) -> tuple[tuple[str, Candidate], ...]:
@@ -174,7 +177,7 @@ def most_of_one_pass(target: Target, blocking: Blocking) -> int:
 
 def row_slots(target: Target, blocking: Blocking, tokens: int) -> float:
     """Slots for one packed row and so many tokens of an expert, the memory's time included."""
-    if 0 < target.tiles_from <= tokens:
+    if target.tiles:
         return _tile_row_slots(blocking, tokens)
     row_vectors = ROW_LANES // target.lanes
     sizes = _tile_sizes(target, blocking, tokens)
@@ -223,18 +226,16 @@ def _tile_row_slots(blocking: Blocking, tokens: int) -> float:
     rows = tiles * -(-tokens // tiles)
     passes = -(-tiles * TILE_ROWS // blocking.tile_tokens)
     multiplies = rows * _TILE_VECTORS / (TILE_INPUTS / 2)
-    memory = _MEMORY_SLOTS * _FETCH_COST
-    if passes == 1:
-        return max(memory, multiplies)
-    # Weights and inputs of a pass, 4 bytes each for a pair, come from the second-level cache; sums as in row_slots.
-    loads = 4.0 * (passes * ROW_LANES + rows) / _L2_BYTES_PER_SLOT
-    moved = 2.0 * rows * _TILE_VECTORS + _PASS_SLOTS * passes
-    return max(memory, max(multiplies, loads) + moved / (blocking.k_block / 2))
+    # The weights of each pass come from the second-level cache; its inputs too, once for all blocks of a task. Sums
+    # are moved with every chunk.
+    loads = ROW_BYTES * passes / _L2_BYTES_PER_SLOT
+    moved = _TILE_MOVE_SLOTS * tiles * _TILE_VECTORS / (blocking.k_block / 2)
+    return max(_MEMORY_SLOTS, max(multiplies, loads) + moved)
 
 
 def _tiles(target: Target) -> Iterator[tuple[int, int]]:
     """The tallest tile that the registers hold, for each width that divides a packed row."""
-    if target.tiles_from:
+    if target.tiles:
         yield _TILE_TOKENS, _TILE_VECTORS
         return
     vectors = 1
@@ -260,9 +261,10 @@ def _k_blocks(
         if (size := working_set(target, k_block)) > target.l2_share * l2:
             rejected.append(f"not k_block {k_block}: {format_bytes(size)} of the {format_bytes(l2)} L2")
             continue
-        # Where a row takes several passes, a tile's inputs are read again.
+        # Where a row takes several passes, a tile's inputs are read again; two of AMX's pass over several blocks.
         inputs = tokens * k_block * target.element_bytes
-        if vectors * target.lanes < ROW_LANES and inputs > _L1_SHARE * l1:
+        again = target.tiles or vectors * target.lanes < ROW_LANES
+        if again and inputs > (_TILE_L1_SHARE if target.tiles else _L1_SHARE) * l1:
             rejected.append(
                 f"not k_block {k_block} with tile {tokens} x {vectors}: its inputs are {format_bytes(inputs)} of the "
                 f"{format_bytes(l1)} L1"
@@ -295,7 +297,7 @@ def _mean(target: Target, blocking: Blocking, tokens: Sequence[int]) -> float:
 
 def _least(target: Target, tokens: int) -> float:
     """Slots of the multiplies that so many tokens need for a packed row."""
-    each = 2 / TILE_INPUTS if 0 < target.tiles_from <= tokens else target.multiplies
+    each = 2 / TILE_INPUTS if target.tiles else target.multiplies
     return ROW_LANES / target.lanes * each * tokens
 
 
@@ -303,13 +305,13 @@ def _differs(a: Blocking, b: Blocking) -> set[str]:
     return {name for name in Blocking.__dataclass_fields__ if getattr(a, name) != getattr(b, name)}
 
 
-def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str, ...]:
+def _explain(target: Target, ranked: Sequence[Candidate], l1: int, l2: int) -> tuple[str, ...]:
     best = ranked[0]
     chosen = best.blocking
     tokens, vectors = chosen.tile_tokens, chosen.tile_vectors
     row = ROW_LANES // target.lanes
-    if target.tiles_from:
-        return _explain_tiles(target, best, l2)
+    if target.tiles:
+        return _explain_tiles(best, l1)
     loads = vectors * target.weight_loads + tokens * target.input_loads
     size = working_set(target, chosen.k_block)
     lines = [
@@ -357,7 +359,7 @@ def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str,
     return tuple(lines)
 
 
-def _explain_tiles(target: Target, best: Candidate, l2: int) -> tuple[str, ...]:
+def _explain_tiles(best: Candidate, l1: int) -> tuple[str, ...]:
     chosen = best.blocking
     tokens, vectors = chosen.tile_tokens, chosen.tile_vectors
     rows = tokens // TILE_ROWS
@@ -365,10 +367,8 @@ def _explain_tiles(target: Target, best: Candidate, l2: int) -> tuple[str, ...]:
     return (
         f"tile {tokens} x {vectors}: {products + loads} of {_TILE_REGISTERS} tile registers; "
         f"{products} products beside {loads} loads",
-        f"tiles from {target.tiles_from} tokens on: with fewer, memory is the limit of the AVX-512 kernel too",
-        f"k_block {chosen.k_block}: {format_bytes(working_set(target, chosen.k_block))} of the {format_bytes(l2)} L2; "
-        "larger ones move the sums less often",
-        f"fetches from {chosen.fetch_tokens} tokens on, {chosen.fetch_bytes} bytes ahead",
+        f"k_block {chosen.k_block}: a tile's inputs are {format_bytes(tokens * chosen.k_block * 2)} of the "
+        f"{format_bytes(l1)} L1; larger ones move the sums less often",
+        f"one pass fetches {chosen.fetch_bytes} bytes ahead, several the next depth block as evenly as they can",
         f"predicted {1 / best.small:.0%} of the limit up to 16 tokens, {1 / best.large:.0%} beyond",
-        "never run on a CPU that has it: taken only where it is asked for by name",
     )

@@ -18,7 +18,6 @@ from fiddler_runtime.build import cache_dir, find_toolchain
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import (
     KNOWN_ISAS,
-    UNPROVEN,
     Machine,
     cpu_lane_threads,
     find_accelerator,
@@ -84,10 +83,7 @@ def _cpu(machine: Machine, root: Path) -> Iterator[Check]:
     best = machine.isa[0]
     for isa in KNOWN_ISAS:
         lacking = refused(isa, root)
-        if not lacking and isa == UNPROVEN:
-            detail = "usable, not by default: it never ran on a CPU that has it"
-            yield Check(f"ISA {isa}", "note", detail, f"fiddlerc run PLAN --isa {isa}")
-        elif not lacking:
+        if not lacking:
             yield Check(f"ISA {isa}", "ok", "used by default" if isa == best else "usable", "")
         elif isa == "avx2":
             detail = f"{lacking}: only the scalar kernel runs, an order of magnitude slower"

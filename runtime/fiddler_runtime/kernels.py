@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from .errors import FiddlerError
-from .machine import KNOWN_ISAS, UNPROVEN, refused, usable_cores
+from .machine import KNOWN_ISAS, refused, usable_cores
 from .openmp import TeamStruct, torch_team
 from .plan import ABI_VERSION, KernelSpec
 
@@ -118,8 +118,6 @@ class KernelLibrary:
                 continue
             if not self.usable(other):
                 found[other] = refused(other) or "refused by the operating system"
-            elif other == UNPROVEN:
-                found[other] = f"never run on a CPU that has it: asked for by isa={other!r}, --isa {other}"
             else:
                 found[other] = (
                     f"{isa} was preferred" if self.isas.index(other) > self.isas.index(isa) else f"{isa} was asked for"

@@ -18,24 +18,18 @@ from .errors import FiddlerError
 
 AcceleratorKind = Literal["cuda", "simulated", "none"]
 
-KNOWN_ISAS = ("avx512_bf16", "avx512f", "avx2", "scalar", "amx_bf16")
-"""Our kernels' instruction sets in the order in which they are preferred.
-
-The last is UNPROVEN.
-"""
+KNOWN_ISAS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "scalar")
+"""Our kernels' instruction sets in the order in which they are preferred."""
 
 # The /proc/cpuinfo flags that a kernel of each ISA needs. The kernel clears a flag there when the operating system does
 # not save the registers that go with it, so a flag that is listed may be used. The library asks CPUID again itself.
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
+    "amx_bf16": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"),
     "avx512_bf16": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
     "avx512f": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "avx2": ("avx2", "fma"),
     "scalar": (),
-    "amx_bf16": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"),
 }
-
-UNPROVEN = "amx_bf16"
-"""Never run on a CPU that has it, only in an emulation: taken where it is asked for by name."""
 
 # arch_prctl(ARCH_GET_XCOMP_SUPP), from Linux 5.16 on: the registers that are handed out on request. Tiles are bit 18.
 _ARCH_PRCTL, _GET_SUPPORTED, _TILE_DATA = 158, 0x1021, 18
@@ -167,15 +161,15 @@ def missing_flags(isa: str, root: Path = Path("/")) -> tuple[str, ...]:
 
 
 def cpu_isas(root: Path = Path("/")) -> tuple[str, ...]:
-    """Our kernel ISAs whose flags this machine has, preferred first; "scalar" is always among them."""
-    return tuple(isa for isa in KNOWN_ISAS if not missing_flags(isa, root))
+    """Our kernel ISAs that can run on this machine, preferred first; "scalar" is always among them."""
+    return tuple(isa for isa in KNOWN_ISAS if not refused(isa, root))
 
 
 def refused(isa: str, root: Path = Path("/")) -> str:
     """Why `isa` cannot run here, as a message's `found`; empty where it can."""
     if missing := missing_flags(isa, root):
         return f"no {', '.join(missing)}"
-    if isa == UNPROVEN and not _hands_out_tiles():
+    if isa == "amx_bf16" and not _hands_out_tiles():
         return "an operating system that hands out no AMX registers (Linux does from 5.16 on)"
     return ""
 

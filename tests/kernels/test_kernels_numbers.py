@@ -144,18 +144,6 @@ def test_results_that_go_past_the_caches_are_the_same(isa: str) -> None:
             )
 
 
-def test_tiles_begin_at_their_threshold() -> None:
-    """Fewer tokens are avx512_bf16's to the bit; from there on sums are made in another order."""
-    generator = torch.Generator().manual_seed(12)
-    expert = random_expert(LARGE, generator)
-    with open_isa(LARGE, "amx_bf16") as tiles, open_isa(LARGE, "avx512_bf16") as vectors:
-        threshold = alike(tiles)
-        for tokens in (threshold - 1, threshold):
-            hidden = torch.randn(tokens, LARGE[0], generator=generator).bfloat16()
-            same = torch.equal(one_expert(tiles, expert, hidden), one_expert(vectors, expert, hidden))
-            assert same == (tokens < threshold)
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("tokens", [1, 7, 500])
 def test_layer_is_the_weighted_sum_of_its_experts(isa: str, tokens: int) -> None:

@@ -1,9 +1,8 @@
-// AMX: TDPBF16PS multiplies tiles of 16 tokens and 32 inputs by 32 inputs and 16 outputs. Few tokens go the way of AVX-512.
-// Only ever run in an emulation (docs/kernels.md, AMX).
+// AMX: TDPBF16PS multiplies tiles of 16 tokens and 32 inputs by 32 inputs and 16 outputs.
 //
 // 16 rows of half a packed row, 128 bytes apart, are the second operand as the instruction wants it: weights are read as they
-// lie. Four tiles hold the sums of two tiles of tokens and a packed row's 32 outputs, two more the
-// inputs, two the weights: every product of two loaded tiles is taken.
+// lie. Four tiles hold the sums of two tiles of tokens and a packed row's 32 outputs, two more the inputs, two the weights:
+// every product of two loaded tiles is taken.
 #pragma once
 
 #include "amx_tiles.hpp"
@@ -12,14 +11,13 @@
 
 namespace {
 
-struct AmxBf16 : Avx512Bf16 {};  // what few tokens are multiplied with
-
-template <class Tile>
-struct FewTokens : Tile {
-  static constexpr int kTokens = Tile::kTilesFrom - 1;
+struct AmxBf16 : Avx512Bf16 {  // what is done beside the products
+  static constexpr bool kTiles = true;
 };
 
 constexpr int64_t kStepPairs = fdl::kTileInputs / 2;
+constexpr int64_t kStepLanes = kStepPairs * fdl::kLanes;
+constexpr int64_t kStepLines = 2 * kStepPairs;
 constexpr int64_t kHalfRow = fdl::kLanes / 2;
 
 inline void configure(int64_t rows) {
@@ -31,23 +29,29 @@ inline void configure(int64_t rows) {
   tile_configure(shapes);
 }
 
+// Weights that a pass fetches meanwhile: so many cache lines a step, after `until` steps from `then` on.
+struct Ahead {
+  const char* at;
+  int64_t lines;
+  int64_t until;
+  const char* then;
+};
+
 // One or two (M) tiles of `rows` tokens each, and what they are multiplied by. Strides are in bytes.
 struct AmxPass {
   const uint16_t* x;
   int64_t x_stride;
   int64_t rows;
-  float* sums;        // [M * rows][32], added to unless `fresh`
+  float* sums;  // [M * rows][32], added to unless `fresh`
   bool fresh;
-  const char* next;   // weights to fetch meanwhile,
-  int64_t lines;      // so many cache lines a step
 };
 
 template <int M>
 inline void multiply_step(const AmxPass& pass, const uint16_t* x, const uint32_t* w) {
-  tile_load<6>(w, fdl::kRowBytes);
+  tile_load_passing<6>(w, fdl::kRowBytes);
   tile_load<4>(x, pass.x_stride);
   tile_multiply<0, 4, 6>();
-  tile_load<7>(w + kHalfRow, fdl::kRowBytes);
+  tile_load_passing<7>(w + kHalfRow, fdl::kRowBytes);
   tile_multiply<1, 4, 7>();
   if constexpr (M == 2) {
     tile_load<5>(reinterpret_cast<const char*>(x) + pass.rows * pass.x_stride, pass.x_stride);
@@ -56,9 +60,9 @@ inline void multiply_step(const AmxPass& pass, const uint16_t* x, const uint32_t
   }
 }
 
-// sums (+)= x * w over `pairs` rows of weights, the last of which that make no whole step are in `rest`, filled up with zeros.
+// sums (+)= x * w over `steps` of rows of weights; and if it is given, over `rest`, which is filled up with zeros.
 template <int M>
-inline void multiply(const AmxPass& pass, const uint32_t* w, int64_t pairs, const uint32_t* rest) {
+inline void multiply(const AmxPass& pass, const uint32_t* w, int64_t steps, const uint32_t* rest, const Ahead& ahead) {
   float* const low = pass.sums + pass.rows * fdl::kLanes;  // of the second tile of tokens
   if (pass.fresh) {
     tile_zero<0>(), tile_zero<1>();
@@ -68,46 +72,67 @@ inline void multiply(const AmxPass& pass, const uint32_t* w, int64_t pairs, cons
     if constexpr (M == 2) tile_load<2>(low, fdl::kRowBytes), tile_load<3>(low + kHalfRow, fdl::kRowBytes);
   }
   const uint16_t* x = pass.x;
-  const char* next = pass.next;
-  for (; pairs >= kStepPairs; pairs -= kStepPairs, w += kStepPairs * fdl::kLanes, x += fdl::kTileInputs) {
-    for (int64_t line = 0; line < pass.lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+  const char* fetch = ahead.at;
+  for (int64_t step = 0; step < steps; ++step, w += kStepLanes, x += fdl::kTileInputs) {
+    if (step == ahead.until) fetch = ahead.then;
+    for (const char* end = fetch + 64 * ahead.lines; fetch < end; fetch += 64) __builtin_prefetch(fetch, 0, 2);
     multiply_step<M>(pass, x, w);
   }
-  if (pairs) multiply_step<M>(pass, x, rest);
+  if (rest) multiply_step<M>(pass, x, rest);
   tile_store<0>(pass.sums, fdl::kRowBytes), tile_store<1>(pass.sums + kHalfRow, fdl::kRowBytes);
   if constexpr (M == 2) tile_store<2>(low, fdl::kRowBytes), tile_store<3>(low + kHalfRow, fdl::kRowBytes);
 }
 
-// As run_block() in kernel.hpp, with a pass for every two tiles of tokens. All tiles have as many rows: those that the last one
-// has too many are whatever lies behind the unit's activations, and nobody reads their sums.
+// At most kTileBlocks blocks; `next` are read after them, or null.
+//
+// One pass reads a block from end to end, fetched a little ahead. For several the depth is cut in chunks: two tiles of tokens
+// pass over a chunk of each block in turn, so their inputs stay in the first-level cache, the weights come from the second, and
+// meanwhile those of the next chunk come from memory, spread over the passes. All tiles have as many rows: those that the last
+// one has too many are whatever lies behind the unit's activations, and nobody reads their sums.
 template <class Isa, class Tile>
-inline void multiply_block(const fdl::Task& task, const uint32_t* following, int64_t tiles, int64_t rows) {
-  const int64_t passes = (tiles + 1) / 2;
-  AmxPass pass{};
-  pass.rows = rows;
-  const int64_t stride = task.phase == fdl::Phase::gate_up ? kInputStride<Isa> : kMiddleStride<Isa>;
-  pass.x_stride = stride * 2;
-  const int64_t step = passes == 1 ? task.pairs : Tile::kDepthPairs;
+inline void run_blocks(const fdl::Task& task, int64_t blocks, const uint32_t* next, int64_t tiles, int64_t rows) {
+  constexpr int64_t kAhead = Tile::kFetchBytes / (4 * kStepLanes);
   static_assert(Tile::kDepthPairs % kStepPairs == 0);
-  for (int64_t first = 0; first < task.pairs; first += step) {
-    const bool last = first + step >= task.pairs;
-    const int64_t pairs = last ? task.pairs - first : step, over = pairs % kStepPairs;
-    const uint32_t* w = task.weights + first * fdl::kLanes;
-    alignas(64) uint32_t rest[kStepPairs * fdl::kLanes] = {};
-    if (over) __builtin_memcpy(rest, w + (pairs - over) * fdl::kLanes, static_cast<size_t>(over * fdl::kRowBytes));
-    const uint32_t* next = passes == 1 ? w + Tile::kFetchBytes / 4 : last ? following : w + step * fdl::kLanes;
-    pass.fresh = first == 0;
+  const int64_t passes = (tiles + 1) / 2, lines = (kStepLines + passes - 1) / passes;
+  const int64_t stride = task.phase == fdl::Phase::gate_up ? kInputStride<Isa> : kMiddleStride<Isa>;
+  const int64_t all = (task.pairs + kStepPairs - 1) / kStepPairs, over = task.pairs % kStepPairs;
+  const Parts chunks(all, passes == 1 ? all : Tile::kDepthPairs / kStepPairs);
+  alignas(64) uint32_t rest[kStepLanes];
+  for (int64_t c = 0; c < chunks.count; ++c) {
+    const bool last = c + 1 == chunks.count;
+    const int64_t steps = chunks.size(c) - (last && over);
     for (int64_t p = 0; p < passes; ++p) {
-      const int64_t token = 2 * p * rows;
-      pass.x = static_cast<const uint16_t*>(task.activations) + token * stride + 2 * first;
-      pass.sums = task.sums + token * fdl::kLanes;
-      // One pass fetches ahead of itself; of several the first two fetch one half each of the next block.
-      pass.lines = !next || p > 1 ? 0 : passes == 1 ? 2 * kStepPairs : kStepPairs;
-      pass.next = reinterpret_cast<const char*>(next) + (passes == 1 ? 0 : 64 * pairs * p);
-      if (2 * p + 1 < tiles)
-        multiply<2>(pass, w, pairs, rest);
-      else
-        multiply<1>(pass, w, pairs, rest);
+      const int64_t token = 2 * p * rows, end = token + 2 * rows < task.tokens ? token + 2 * rows : task.tokens;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const fdl::Task part = from_block(task, b);
+        const uint32_t* w = part.weights + chunks.first(c) * kStepLanes;
+        const uint32_t* filled = nullptr;
+        if (last && over) {
+          __builtin_memcpy(rest, w + steps * kStepLanes, static_cast<size_t>(over * fdl::kRowBytes));
+          __builtin_memset(rest + over * fdl::kLanes, 0, static_cast<size_t>((kStepPairs - over) * fdl::kRowBytes));
+          filled = rest;
+        }
+        Ahead ahead{};
+        if (passes == 1) {
+          const uint32_t* then = b + 1 < blocks ? part.weights + task.weight_stride : next;
+          ahead = {reinterpret_cast<const char*>(w + kAhead * kStepLanes), kStepLines, steps - kAhead, nullptr};
+          ahead.then = then ? reinterpret_cast<const char*>(then) : ahead.at;
+        } else if (const uint32_t* later = !last ? w + steps * kStepLanes : next ? next + b * task.weight_stride : nullptr;
+                   later && p * lines < kStepLines) {
+          ahead = {reinterpret_cast<const char*>(later) + 64 * lines * steps * p, lines, -1, nullptr};
+        }
+        const AmxPass pass{static_cast<const uint16_t*>(task.activations) + token * stride + chunks.first(c) * fdl::kTileInputs,
+                           stride * 2, rows, task.sums + b * task.sums_stride + token * fdl::kLanes, c == 0};
+        if (2 * p + 1 < tiles)
+          multiply<2>(pass, w, steps, filled, ahead);
+        else
+          multiply<1>(pass, w, steps, filled, ahead);
+        if (!last) continue;
+        if (task.phase == fdl::Phase::gate_up)
+          activate_sums<Isa>(part, pass.sums, token, end - token);
+        else
+          store_sums<Isa>(part, pass.sums, token, end - token);
+      }
     }
   }
 }
@@ -115,30 +140,38 @@ inline void multiply_block(const fdl::Task& task, const uint32_t* following, int
 // The thread's tiles are as they were when it returns.
 template <class Isa, class Tile>
 inline void run_tiles(const fdl::Task& task) {
-  if (task.tokens < Tile::kTilesFrom) return run<Isa, FewTokens<Tile>>(task);
   const int64_t tiles = (task.tokens + fdl::kTileRows - 1) / fdl::kTileRows, rows = (task.tokens + tiles - 1) / tiles;
   configure(rows);
-  for (int64_t block = 0; block < task.blocks; ++block) {
-    const fdl::Task part = from_block(task, block);
-    multiply_block<Isa, Tile>(part, next_block(task, block), tiles, rows);
-    if (task.phase == fdl::Phase::gate_up)
-      activate_sums<Isa>(part, part.sums, 0, part.tokens);
-    else
-      store_sums<Isa>(part, part.sums, 0, part.tokens);
-  }
+  const Parts groups(task.blocks, fdl::kTileBlocks);
+  for (int64_t g = 0; g < groups.count; ++g)
+    run_blocks<Isa, Tile>(from_block(task, groups.first(g)), groups.size(g),
+                          next_block(task, groups.first(g) + groups.size(g) - 1), tiles, rows);
   tile_release();
 }
 
-// The peak probe: four independent sums, as above.
+// bf16 numbers of either sign between 1 and 2 in size, with changing bits.
+struct Operands {
+  static constexpr int kCount = 2 * kStepLanes;
+  constexpr Operands() : numbers() {
+    uint32_t state = 1;
+    for (uint16_t& number : numbers) {
+      state = state * 1664525u + 1013904223u;
+      number = static_cast<uint16_t>(0x3f80u | (state >> 16 & 0x807fu));
+    }
+  }
+  alignas(64) uint16_t numbers[kCount];
+};
+
+// The peak probe: the steps of above, with operands from the first-level cache, of changing bits. Without the loads it would
+// not notice that another thread of the core takes half of them, and zeros let the clock run a fifth faster than anybody's
+// weights do (Emerald Rapids).
 template <class Isa>
 inline double burn_tiles(int64_t steps) {
+  static constexpr Operands weights, inputs;
+  const AmxPass pass{inputs.numbers, 2 * fdl::kTileInputs, fdl::kTileRows, nullptr, true};
   configure(fdl::kTileRows);
-  for (int64_t step = 0; step < steps; ++step) {
-    tile_multiply<0, 4, 6>();
-    tile_multiply<1, 4, 7>();
-    tile_multiply<2, 5, 6>();
-    tile_multiply<3, 5, 7>();
-  }
+  for (int64_t step = 0; step < steps; ++step)
+    multiply_step<2>(pass, inputs.numbers, reinterpret_cast<const uint32_t*>(weights.numbers));
   tile_release();
   return static_cast<double>(steps) * 4 * 2 * fdl::kTileRows * fdl::kTileInputs * kHalfRow;
 }

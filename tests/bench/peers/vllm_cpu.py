@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from fiddler_runtime.machine import missing_flags
+from fiddler_runtime.machine import missing_flags, refused
 
 from ..kernels.contender import Contender, Weights
 from ..kernels.shapes import Shape
 
-_ISA = "vec"  # the wheel's name for vectors, without AMX
+_ISA = "vec" if refused("amx_bf16") else "amx"  # the wheel's names
 
 
 @functools.cache

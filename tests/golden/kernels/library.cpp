@@ -2,6 +2,9 @@
 #include "fiddler/library.hpp"
 
 extern "C" {
+void fdl_bf16_moe_h4096_i14336_m32n2__amxbf16(const fdl::Task&);
+double fdl_bf16_moe_h4096_i14336_m32n2__amxbf16_burn(int64_t);
+void fdl_bf16_moe_h4096_i14336_m32n2__amxbf16_read(const void*, int64_t);
 void fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16(const fdl::Task&);
 double fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16_burn(int64_t);
 void fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16_read(const void*, int64_t);
@@ -14,37 +17,34 @@ void fdl_bf16_moe_h4096_i14336_m6n2__avx2_read(const void*, int64_t);
 void fdl_bf16_moe_h4096_i14336_m2n4__scalar(const fdl::Task&);
 double fdl_bf16_moe_h4096_i14336_m2n4__scalar_burn(int64_t);
 void fdl_bf16_moe_h4096_i14336_m2n4__scalar_read(const void*, int64_t);
-void fdl_bf16_moe_h4096_i14336_m32n2__amxbf16(const fdl::Task&);
-double fdl_bf16_moe_h4096_i14336_m32n2__amxbf16_burn(int64_t);
-void fdl_bf16_moe_h4096_i14336_m32n2__amxbf16_read(const void*, int64_t);
 }
 
 namespace fdl {
 
 const Variant kVariants[] = {
-    {"avx512_bf16", "fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16", has_avx512_bf16, always, 2,
-     fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16,
-     fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16_burn,
-     fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16_read},
-    {"avx512f", "fdl_bf16_moe_h4096_i14336_m14n2__avx512f", has_avx512f, always, 4,
-     fdl_bf16_moe_h4096_i14336_m14n2__avx512f,
-     fdl_bf16_moe_h4096_i14336_m14n2__avx512f_burn,
-     fdl_bf16_moe_h4096_i14336_m14n2__avx512f_read},
-    {"avx2", "fdl_bf16_moe_h4096_i14336_m6n2__avx2", has_avx2, always, 4,
-     fdl_bf16_moe_h4096_i14336_m6n2__avx2,
-     fdl_bf16_moe_h4096_i14336_m6n2__avx2_burn,
-     fdl_bf16_moe_h4096_i14336_m6n2__avx2_read},
-    {"scalar", "fdl_bf16_moe_h4096_i14336_m2n4__scalar", always, always, 4,
-     fdl_bf16_moe_h4096_i14336_m2n4__scalar,
-     fdl_bf16_moe_h4096_i14336_m2n4__scalar_burn,
-     fdl_bf16_moe_h4096_i14336_m2n4__scalar_read},
-    {"amx_bf16", "fdl_bf16_moe_h4096_i14336_m32n2__amxbf16", has_amx_bf16, permit_tiles, 2,
+    {"amx_bf16", "fdl_bf16_moe_h4096_i14336_m32n2__amxbf16", has_amx_bf16, permit_tiles, 2, true,
      fdl_bf16_moe_h4096_i14336_m32n2__amxbf16,
      fdl_bf16_moe_h4096_i14336_m32n2__amxbf16_burn,
      fdl_bf16_moe_h4096_i14336_m32n2__amxbf16_read},
+    {"avx512_bf16", "fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16", has_avx512_bf16, always, 2, false,
+     fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16,
+     fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16_burn,
+     fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16_read},
+    {"avx512f", "fdl_bf16_moe_h4096_i14336_m14n2__avx512f", has_avx512f, always, 4, false,
+     fdl_bf16_moe_h4096_i14336_m14n2__avx512f,
+     fdl_bf16_moe_h4096_i14336_m14n2__avx512f_burn,
+     fdl_bf16_moe_h4096_i14336_m14n2__avx512f_read},
+    {"avx2", "fdl_bf16_moe_h4096_i14336_m6n2__avx2", has_avx2, always, 4, false,
+     fdl_bf16_moe_h4096_i14336_m6n2__avx2,
+     fdl_bf16_moe_h4096_i14336_m6n2__avx2_burn,
+     fdl_bf16_moe_h4096_i14336_m6n2__avx2_read},
+    {"scalar", "fdl_bf16_moe_h4096_i14336_m2n4__scalar", always, always, 4, false,
+     fdl_bf16_moe_h4096_i14336_m2n4__scalar,
+     fdl_bf16_moe_h4096_i14336_m2n4__scalar_burn,
+     fdl_bf16_moe_h4096_i14336_m2n4__scalar_read},
 };
 const int kVariantCount = 5;
 const char kDescription[] =
-    R"({"name": "fdl_bf16_moe_h4096_i14336", "hidden_size": 4096, "intermediate_size": 14336, "activation": "silu", "bias": false, "isas": ["avx512_bf16", "avx512f", "avx2", "scalar", "amx_bf16"], "symbols": ["fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16", "fdl_bf16_moe_h4096_i14336_m14n2__avx512f", "fdl_bf16_moe_h4096_i14336_m6n2__avx2", "fdl_bf16_moe_h4096_i14336_m2n4__scalar", "fdl_bf16_moe_h4096_i14336_m32n2__amxbf16"]})";
+    R"({"name": "fdl_bf16_moe_h4096_i14336", "hidden_size": 4096, "intermediate_size": 14336, "activation": "silu", "bias": false, "isas": ["amx_bf16", "avx512_bf16", "avx512f", "avx2", "scalar"], "symbols": ["fdl_bf16_moe_h4096_i14336_m32n2__amxbf16", "fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16", "fdl_bf16_moe_h4096_i14336_m14n2__avx512f", "fdl_bf16_moe_h4096_i14336_m6n2__avx2", "fdl_bf16_moe_h4096_i14336_m2n4__scalar"]})";
 
 }  // namespace fdl

@@ -62,6 +62,9 @@ inline void tile_load(const void* from, int64_t stride) {
 }
 
 template <int T>
+inline void tile_load_passing(const void* from, int64_t stride) { tile_load<T>(from, stride); }
+
+template <int T>
 inline void tile_store(void* to, int64_t stride) {
   require_shape(T);
   for (int row = 0; row < tiles.shapes.rows[T]; ++row)

@@ -17,6 +17,7 @@
 //   void store_bf16(Element*, Vector)          if Element is bf16: the nearest ones, ties to even; denormals may be zero
 //   kFlops              floating-point operations of one multiply_add
 //   kBurnSums           independent sums that keep the multiply units busy
+//   kTiles              whether it multiplies tiles, by functions of its own
 // A Tile provides
 //   kTokens             most tokens of a register tile
 //   kLastTokens         of the last of several, where the others can be so few all the same; or 0
@@ -37,9 +38,11 @@ namespace {
 
 // Elements from a token's inputs to the next one's: of gate and up, and of down.
 template <class Isa>
-constexpr int64_t kInputStride = row_bytes(fdl::kHidden, sizeof(typename Isa::Element)) / sizeof(typename Isa::Element);
+constexpr int64_t kInputStride =
+    row_bytes(fdl::kHidden, sizeof(typename Isa::Element), Isa::kTiles) / sizeof(typename Isa::Element);
 template <class Isa>
-constexpr int64_t kMiddleStride = row_bytes(fdl::kIntermediate, sizeof(typename Isa::Element)) / sizeof(typename Isa::Element);
+constexpr int64_t kMiddleStride =
+    row_bytes(fdl::kIntermediate, sizeof(typename Isa::Element), Isa::kTiles) / sizeof(typename Isa::Element);
 
 // One depth block of one block of outputs.
 struct Block {

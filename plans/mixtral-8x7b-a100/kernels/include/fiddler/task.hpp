@@ -11,8 +11,8 @@ enum class Phase : int32_t {
   down,     // y = scale * (intermediate Wdown + b), for one block of 32 output columns
 };
 
-// A tile of tokens and inputs, for variants that multiply such.
-constexpr int64_t kTileRows = 16, kTileInputs = 32;
+// A tile of tokens and inputs, for variants that multiply such, and the most blocks of outputs that they take in turns.
+constexpr int64_t kTileRows = 16, kTileInputs = 32, kTileBlocks = 8;
 
 // Consecutive blocks of outputs for some of one expert's tokens.
 //
@@ -29,7 +29,8 @@ struct Task {
   const float* bias;          // of the first block's 32 lanes, the others' behind; null where experts have none
   const uint32_t* next;       // the block that this thread works on after these, worth fetching; or null
   const void* activations;    // gate_up: rows of kHidden inputs; down: of kIntermediate
-  float* sums;                // scratch, [tokens][32]
+  float* sums;                // scratch, [tokens][32]; of tiles for each of kTileBlocks blocks, sums_stride apart
+  int64_t sums_stride;
   float* const* results;      // down: each token's row
   const float* scales;        // down: what each token's results are multiplied by
   int64_t result_column;      // where in the rows the first block's begin
@@ -46,6 +47,7 @@ struct Variant {
   bool (*usable)();                        // baseline code: asks the CPU and the operating system
   bool (*permit)();                        // asks the system for the registers, when a library is opened
   int32_t element_bytes;                   // of an activation: 2 or 4
+  bool tiles;                              // multiplies tiles
   void (*run)(const Task&);
   double (*burn)(int64_t steps);           // keeps the multiply units busy; returns the floating-point operations done
   void (*read)(const void*, int64_t);      // reads so many bytes
@@ -58,9 +60,11 @@ namespace {  // internal linkage: this header is compiled for every instruction 
 // Elements of a row of activations, with the zeros behind it.
 constexpr int64_t row_inputs(int64_t inputs) { return (inputs + fdl::kTileInputs - 1) / fdl::kTileInputs * fdl::kTileInputs; }
 
-// From one row to the next: an odd number of cache lines, so that a tile's rows never share a cache set.
-constexpr int64_t row_bytes(int64_t inputs, int64_t element_bytes) {
-  return (row_inputs(inputs) * element_bytes / 64 | 1) * 64;
+// From one row to the next: an odd number of cache lines, so that a register tile's rows never share a cache set. Of tiles
+// twice an odd number: chunks of 16 lines of 32 rows are in all sets alike, 8 lines each.
+constexpr int64_t row_bytes(int64_t inputs, int64_t element_bytes, bool tiles) {
+  const int64_t lines = row_inputs(inputs) * element_bytes / 64;
+  return (tiles ? lines + ((2 - lines) & 3) : lines | 1) * 64;
 }
 
 // Parts of something: as few as possible, none larger than `most` or more than one larger than another. Given `last`, the

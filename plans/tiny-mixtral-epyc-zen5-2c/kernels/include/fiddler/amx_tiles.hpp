@@ -38,6 +38,12 @@ inline void tile_load(const void* from, int64_t stride) {
   asm volatile(".byte 0xc4, 0xe2, 0x7b, 0x4b, %c0, 0x08" : : "i"(0x04 | T << 3), "a"(from), "c"(stride) : "memory");
 }
 
+// tileloaddt1: the same for what is not read again soon. It leaves the first-level cache as it is.
+template <int T>
+inline void tile_load_passing(const void* from, int64_t stride) {
+  asm volatile(".byte 0xc4, 0xe2, 0x79, 0x4b, %c0, 0x08" : : "i"(0x04 | T << 3), "a"(from), "c"(stride) : "memory");
+}
+
 // tilestored
 template <int T>
 inline void tile_store(void* to, int64_t stride) {

@@ -69,8 +69,9 @@ class MoeLayer {
   MoeLayer(const Variant& variant, Pool& pool)
       : variant_(variant),
         pool_(pool),
-        input_bytes_(row_bytes(kHidden, variant.element_bytes)),
-        middle_bytes_(row_bytes(kIntermediate, variant.element_bytes)),
+        input_bytes_(row_bytes(kHidden, variant.element_bytes, variant.tiles)),
+        middle_bytes_(row_bytes(kIntermediate, variant.element_bytes, variant.tiles)),
+        unit_tokens_(variant.tiles ? kTileUnitTokens : kUnitTokens),
         filling_(pool), computing_{Stage(pool), Stage(pool)}, combining_(pool) {}
 
   // Throws std::bad_alloc.
@@ -113,8 +114,10 @@ class MoeLayer {
   static constexpr int64_t kAloneCost = 2 * 1024 * 1024;
   static constexpr int64_t kAloneOnTeam = kAloneCost / 8;
   static constexpr int64_t kRowCost = kPackedBytes / 32;
-  // Of a thread's sums.
-  static constexpr int64_t kSumRows = kUnitTokens + kTileRows;
+  // The unit of tiles: a whole number of pairs of them.
+  static constexpr int64_t kTileUnitTokens = (kUnitTokens + 2 * kTileRows - 1) / (2 * kTileRows) * (2 * kTileRows);
+  // Of a thread's sums for a block.
+  static constexpr int64_t kSumRows = kTileUnitTokens + kTileRows;
   // Weights of one task, about: what a thread streams in some microseconds.
   static constexpr int64_t kTaskBytes = 96 * 1024;
   // Results of so many bytes push weights and inputs out of the second-level caches. They are written past them, unless many
@@ -122,6 +125,9 @@ class MoeLayer {
   static constexpr int64_t kPastCaches = 2 * 1024 * 1024;
   // Units are dealt out together until every thread has so many tasks of them.
   static constexpr int64_t kWaveTasks = 4;
+  // Tiles are through with inputs so soon that those of a unit that the second-level cache does not hold are read for more
+  // blocks at once.
+  static constexpr int64_t kResidentInputs = 1280 * 1024;
 
   // Rows of one expert that pass over its weights together.
   struct Unit {
@@ -134,6 +140,7 @@ class MoeLayer {
     const Unit* unit;
     int64_t first_block, last_block;
     int64_t first_task;
+    int64_t group;  // blocks of a task
   };
 
   // A token's results after the first, kResultStride apart; a count of -1: it has not even a first.
@@ -143,7 +150,7 @@ class MoeLayer {
   };
 
   static constexpr int64_t kBlocks[2] = {kGateUpBlocks, kDownBlocks};
-  // Blocks that one task takes, by phase: an even number of gate/up's fills whole cache lines of the intermediate.
+  // Blocks that one task takes at least, by phase: an even number of gate/up's fills whole cache lines of the intermediate.
   static constexpr int64_t kGroups[2] = {std::max<int64_t>(kTaskBytes / (kGateUpBlockLanes * 8), 1) * 2,
                                          std::max<int64_t>(kTaskBytes / (kDownBlockLanes * 8), 1) * 2};
   // Room that keeps consecutive rows out of the same cache sets when the sizes are powers of two.
@@ -160,7 +167,7 @@ class MoeLayer {
   // weights.
   bool count_rows(const fdl_moe_call& call) {
     const int64_t choices = call.tokens * call.top_k;
-    const int64_t most_units = std::min<int64_t>(choices, call.num_experts) + choices / kUnitTokens;
+    const int64_t most_units = std::min<int64_t>(choices, call.num_experts) + choices / unit_tokens_;
     auto carve = [&](Carver carver) {
       counts_ = carver.take<int32_t>(call.num_experts);
       units_ = carver.take<Unit>(most_units);
@@ -186,7 +193,7 @@ class MoeLayer {
       if (!call.experts[id]) return false;
       const bool split = call.strategy && call.strategy[id] == FDL_SPLIT;
       const int64_t first_block = split ? call.split_rows / kGateLanes : 0;
-      const Parts units(rows, kUnitTokens);
+      const Parts units(rows, unit_tokens_);
       for (int64_t i = 0; i < units.count; ++i) {
         units_[count_++] = {reinterpret_cast<const uint32_t*>(call.experts[id]), rows_ + units.first(i),
                             units.size(i), first_block};
@@ -209,7 +216,7 @@ class MoeLayer {
       inputs_ = carver.take<char>((rows_ + kTileRows) * input_bytes_);
       middle_ = carver.take<char>((rows_ + kTileRows) * middle_bytes_);
       results_ = carver.take<float>((rows_ - first_rows_) * kResultStride);
-      sums_ = carver.take<float>(pool_.threads() * kSumRows * kLanes);
+      sums_ = carver.take<float>(pool_.threads() * thread_sums());
       return carver.used();
     };
     carve(Carver(large_.reserve(carve(Carver(nullptr)))));
@@ -240,18 +247,21 @@ class MoeLayer {
       Stage& stage = computing_[index];
       stage.begin(threads);
       Run* run = runs_[index];
+      int64_t blocks_each = 0;
+      for (const Unit* unit = units_; unit != units_ + count_; ++unit) blocks_each += kBlocks[index] - first_block(*unit, index);
+      blocks_each /= kWaveTasks * threads;
       for (int64_t first = 0, last = 0; first < count_; first = last) {
         int64_t tasks = 0;
         for (; last < count_ && tasks < kWaveTasks * threads; ++last)
-          tasks += divide_up(kBlocks[index] - first_block(units_[last], index), kGroups[index]);
+          tasks += divide_up(kBlocks[index] - first_block(units_[last], index), group(units_[last], index, blocks_each));
         const int64_t before = stage.total();
         tasks = 0;
         for (int node = 0; node < pool_.nodes(); ++node) {
           for (const Unit* unit = units_ + first; unit != units_ + last; ++unit) {
             const int64_t begin = first_block(*unit, index), blocks = kBlocks[index] - begin;
             *run = {unit, begin + blocks * node / pool_.nodes(), begin + blocks * (node + 1) / pool_.nodes(),
-                    before + tasks};
-            tasks += divide_up(run->last_block - run->first_block, kGroups[index]);
+                    before + tasks, group(*unit, index, blocks_each)};
+            tasks += divide_up(run->last_block - run->first_block, run->group);
             ++run;
           }
         }
@@ -267,6 +277,15 @@ class MoeLayer {
   }
 
   static int64_t first_block(const Unit& unit, int index) { return index == 0 ? unit.first_block : 0; }
+
+  // Blocks of a task, if `each` leave enough tasks for all threads.
+  int64_t group(const Unit& unit, int index, int64_t each) const {
+    const int64_t inputs = unit.rows * (index == 0 ? kHidden : kIntermediate) * variant_.element_bytes;
+    if (!variant_.tiles || inputs < kResidentInputs) return kGroups[index];
+    return std::max(kGroups[index], std::min(each / 2 * 2, kTileBlocks));
+  }
+
+  int64_t thread_sums() const { return kSumRows * kLanes * (variant_.tiles ? kTileBlocks : 1); }
 
   // Copies the inputs of rows [first, last).
   void fill(const fdl_moe_call& call, int64_t first, int64_t last) const {
@@ -295,8 +314,8 @@ class MoeLayer {
   // One task: some blocks of one unit. `following` is this thread's next one, worth fetching ahead, or -1.
   void compute(Phase which, int64_t task, int64_t following, int worker) const {
     const int index = which == Phase::gate_up ? 0 : 1;
-    const auto first_of = [&](const Run& run, int64_t number) {
-      return run.first_block + (number - run.first_task) * kGroups[index];
+    const auto first_of = [](const Run& run, int64_t number) {
+      return run.first_block + (number - run.first_task) * run.group;
     };
     const Run& run = run_of(index, task);
     const uint32_t* after = nullptr;
@@ -304,7 +323,7 @@ class MoeLayer {
       const Run& then = run_of(index, following);
       after = weights_of(*then.unit, which, first_of(then, following));
     }
-    const int64_t first = first_of(run, task), last = std::min(first + kGroups[index], run.last_block);
+    const int64_t first = first_of(run, task), last = std::min(first + run.group, run.last_block);
     compute_blocks(*run.unit, which, first, last, after, worker);
   }
 
@@ -318,7 +337,8 @@ class MoeLayer {
     task.weight_stride = which == Phase::gate_up ? kGateUpBlockLanes : kDownBlockLanes;
     if constexpr (kBias) task.bias = bias_of(unit, which, block);
     task.next = next;
-    task.sums = sums_ + worker * kSumRows * kLanes;
+    task.sums = sums_ + worker * thread_sums();
+    task.sums_stride = kSumRows * kLanes;
     char* middle = middle_ + unit.first_row * middle_bytes_;
     if (which == Phase::gate_up) {
       task.pairs = kHiddenPairs;
@@ -353,6 +373,7 @@ class MoeLayer {
   const Variant& variant_;
   Pool& pool_;
   const int64_t input_bytes_, middle_bytes_;  // from a row to the next
+  const int64_t unit_tokens_;
   Workspace small_, large_;
 
   // Of the call in progress.
