@@ -184,8 +184,8 @@ ISAS = KNOWN_ISAS
 def alike(kernels: Kernels) -> int:
     """So many rows of an expert, and more, are computed in one order of sums, fewer in another.
 
-    avx2 and scalar read several places at once where one pass is enough.
+    amx_bf16 has tiles from there on; avx2 and scalar read several places at once where one pass is enough.
     """
     target = TARGETS[kernels.isa]
     (cut,) = (v.blocking for v in kernels.library.spec.variants if v.isa == kernels.isa)
-    return 1 if target.core.places == 1 else most_of_one_pass(target, cut) + 1
+    return target.tiles_from or (1 if target.core.places == 1 else most_of_one_pass(target, cut) + 1)

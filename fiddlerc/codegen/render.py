@@ -69,7 +69,7 @@ def generate(
             "check": target.check,
             "permit": target.permit,
             "element_bytes": target.element_bytes,
-            "tiles": "true" if target.tiles else "false",
+            "tiles": "true" if target.tiles_from else "false",
             "flags": target.flags,
         }
         for target, variant in zip(targets, spec.variants, strict=True)
@@ -95,6 +95,7 @@ def generate(
             header=target.header,
             policy=target.policy,
             functions=target.functions,
+            tiles_from=target.tiles_from,
             last_tokens=last_tokens(target, variant.blocking),
             places=target.core.places,
             fetch_level=target.core.fetch_level,

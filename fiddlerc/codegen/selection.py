@@ -34,11 +34,9 @@ _MEMORY_SLOTS = 21.0
 _WINDOW = 320
 # Prefetch instructions reach a little less than the hardware's own prefetching.
 _FETCH_COST = 1.03
-# Fetched ahead of one place: so many rows at least, twice the most that are in flight.
-_ROWS_AHEAD = 62
-# Several places are streams that the hardware's prefetching follows; fetching so little ahead, all places together,
-# helps it, and more breaks them. Without it AVX2 is up to 1.2 times slower on Zen 3.
-_ROWS_OF_PLACES, _PLACES_UNFETCHED = 8, 1.1
+# Several places are streams that the hardware's prefetching follows. Without fetching a little ahead AVX2 is up to 1.2
+# times slower on Zen 3.
+_PLACES_UNFETCHED = 1.1
 # Independent sums that hide a multiply's latency: 4 cycles, 2 a cycle.
 _LATENCY_SUMS = 8
 _LOOP_INSTRUCTIONS = 3
@@ -100,8 +98,7 @@ def select(target: Target, expert: ExpertForm, machine: Machine | None) -> Selec
         for k_block in _k_blocks(target, tokens, vectors, depth, l1, l2, rejected):
             for fetch_bytes in _fetch_bytes(target, l1):
                 first = Blocking(tokens, vectors, narrow, k_block, 1, fetch_bytes)
-                most = 1 if target.tiles else 1 + most_of_one_pass(target, first)
-                for fetch_tokens in range(1, 1 + most):
+                for fetch_tokens in range(1, 1 + (target.tiles_from or 1 + most_of_one_pass(target, first))):
                     blocking = replace(first, fetch_tokens=fetch_tokens)
                     candidates.append(
                         Candidate(
@@ -177,7 +174,7 @@ def most_of_one_pass(target: Target, blocking: Blocking) -> int:
 
 def row_slots(target: Target, blocking: Blocking, tokens: int) -> float:
     """Slots for one packed row and so many tokens of an expert, the memory's time included."""
-    if target.tiles:
+    if 0 < target.tiles_from <= tokens:
         return _tile_row_slots(blocking, tokens)
     row_vectors = ROW_LANES // target.lanes
     sizes = _tile_sizes(target, blocking, tokens)
@@ -235,7 +232,7 @@ def _tile_row_slots(blocking: Blocking, tokens: int) -> float:
 
 def _tiles(target: Target) -> Iterator[tuple[int, int]]:
     """The tallest tile that the registers hold, for each width that divides a packed row."""
-    if target.tiles:
+    if target.tiles_from:
         yield _TILE_TOKENS, _TILE_VECTORS
         return
     vectors = 1
@@ -263,8 +260,8 @@ def _k_blocks(
             continue
         # Where a row takes several passes, a tile's inputs are read again; two of AMX's pass over several blocks.
         inputs = tokens * k_block * target.element_bytes
-        again = target.tiles or vectors * target.lanes < ROW_LANES
-        if again and inputs > (_TILE_L1_SHARE if target.tiles else _L1_SHARE) * l1:
+        again = target.tiles_from or vectors * target.lanes < ROW_LANES
+        if again and inputs > (_TILE_L1_SHARE if target.tiles_from else _L1_SHARE) * l1:
             rejected.append(
                 f"not k_block {k_block} with tile {tokens} x {vectors}: its inputs are {format_bytes(inputs)} of the "
                 f"{format_bytes(l1)} L1"
@@ -275,9 +272,8 @@ def _k_blocks(
 
 def _fetch_bytes(target: Target, l1: int) -> Iterator[int]:
     """Distances that hide the latency, of one place several times over, and leave the cache room."""
-    rows = _ROWS_OF_PLACES if target.core.places > 1 else _ROWS_AHEAD
     for distance in FETCH_BYTES:
-        if distance >= rows * ROW_BYTES and distance <= _L1_SHARE * l1:
+        if distance >= target.core.rows_ahead * ROW_BYTES and distance <= _L1_SHARE * l1:
             yield distance
 
 
@@ -297,7 +293,7 @@ def _mean(target: Target, blocking: Blocking, tokens: Sequence[int]) -> float:
 
 def _least(target: Target, tokens: int) -> float:
     """Slots of the multiplies that so many tokens need for a packed row."""
-    each = 2 / TILE_INPUTS if target.tiles else target.multiplies
+    each = 2 / TILE_INPUTS if 0 < target.tiles_from <= tokens else target.multiplies
     return ROW_LANES / target.lanes * each * tokens
 
 
@@ -310,8 +306,8 @@ def _explain(target: Target, ranked: Sequence[Candidate], l1: int, l2: int) -> t
     chosen = best.blocking
     tokens, vectors = chosen.tile_tokens, chosen.tile_vectors
     row = ROW_LANES // target.lanes
-    if target.tiles:
-        return _explain_tiles(best, l1)
+    if target.tiles_from:
+        return _explain_tiles(target, best, l1)
     loads = vectors * target.weight_loads + tokens * target.input_loads
     size = working_set(target, chosen.k_block)
     lines = [
@@ -359,7 +355,7 @@ def _explain(target: Target, ranked: Sequence[Candidate], l1: int, l2: int) -> t
     return tuple(lines)
 
 
-def _explain_tiles(best: Candidate, l1: int) -> tuple[str, ...]:
+def _explain_tiles(target: Target, best: Candidate, l1: int) -> tuple[str, ...]:
     chosen = best.blocking
     tokens, vectors = chosen.tile_tokens, chosen.tile_vectors
     rows = tokens // TILE_ROWS
@@ -367,6 +363,8 @@ def _explain_tiles(best: Candidate, l1: int) -> tuple[str, ...]:
     return (
         f"tile {tokens} x {vectors}: {products + loads} of {_TILE_REGISTERS} tile registers; "
         f"{products} products beside {loads} loads",
+        f"tiles from {target.tiles_from} tokens on: vectors read for fewer at {target.core.places} places of a block's "
+        "depth in turn, which memory answers faster",
         f"k_block {chosen.k_block}: a tile's inputs are {format_bytes(tokens * chosen.k_block * 2)} of the "
         f"{format_bytes(l1)} L1; larger ones move the sums less often",
         f"one pass fetches {chosen.fetch_bytes} bytes ahead, several the next depth block as evenly as they can",

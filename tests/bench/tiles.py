@@ -35,7 +35,7 @@ SIZE = 256
 SAMPLE_S = 0.002
 WEIGHTS_BYTES = 512 << 20  # of experts that take turns: beyond the caches
 # Tiles of AMX are no register tiles of these functions.
-ISAS = tuple(isa for isa in KNOWN_ISAS if not TARGETS[isa].tiles)
+ISAS = tuple(isa for isa in KNOWN_ISAS if not TARGETS[isa].tiles_from)
 
 
 def build(isa: str, folder: Path) -> tuple[ctypes.CDLL, int]:

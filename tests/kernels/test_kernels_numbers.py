@@ -12,6 +12,7 @@ from kernel_samples import (
     SHAPES,
     Expert,
     alike,
+    emulated_library,
     library,
     one_expert,
     open_isa,
@@ -22,7 +23,7 @@ from kernel_samples import (
 
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import Kernels, make_pointers
-from fiddler_runtime.machine import KNOWN_ISAS, missing_flags, this_machine
+from fiddler_runtime.machine import KNOWN_ISAS, missing_flags, refused, this_machine
 from fiddler_runtime.makespan import CPU, IDLE, RESIDENT, SPLIT, STREAMED
 
 SMALL = (129, 40)
@@ -30,10 +31,10 @@ LARGE = (256, 1408)  # with some hundred tokens more than one thread is given to
 
 
 def token_counts(kernels: Kernels) -> tuple[int, ...]:
-    """None, one, around the register tile, several tiles, and more than one chunk of tokens."""
+    """None, one, where another order of sums begins, around the register tile, several tiles, several units."""
     variant = next(v for v in kernels.library.spec.variants if v.isa == kernels.isa)
     tile = variant.blocking.tile_tokens
-    return tuple(sorted({0, 1, tile - 1, tile, tile + 1, 2 * tile + 1, 33, 300}))
+    return tuple(sorted({0, 1, alike(kernels) - 1, alike(kernels), tile - 1, tile, tile + 1, 2 * tile + 1, 33, 300}))
 
 
 def integers(shape: tuple[int, int], tokens: int, generator: torch.Generator) -> tuple[Expert, torch.Tensor]:
@@ -142,6 +143,23 @@ def test_results_that_go_past_the_caches_are_the_same(isa: str) -> None:
             assert len(part) < alike(kernels) or torch.equal(
                 found[0][first : first + 500], one_expert(kernels, expert, part)
             )
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+def test_the_emulation_of_tiles_is_what_a_cpu_does(tokens: int) -> None:
+    """To the bit: the order of sums and the rounding, denormals and what is no number included."""
+    if reason := refused("amx_bf16"):
+        pytest.skip(f"amx_bf16 cannot run here: {reason}")
+    generator = torch.Generator().manual_seed(13)
+    expert = random_expert(LARGE, generator)
+    expert.down[::7] *= 2.0**-130  # sums of denormals
+    hidden = torch.randn(tokens, LARGE[0], generator=generator).bfloat16()
+    hidden[:, ::5] *= 2.0**-127
+    hidden[-1, 3] = float("inf")
+    with library(*LARGE).open("amx_bf16") as real, emulated_library(*LARGE, "silu", False).open("amx_bf16") as emulated:
+        found, expected = (one_expert(kernels, expert, hidden) for kernels in (real, emulated))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert found[0].isfinite().all() == (tokens > 1) and (found != 0).any()
 
 
 @pytest.mark.parametrize("isa", ISAS)

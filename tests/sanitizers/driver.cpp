@@ -224,7 +224,7 @@ void forks(fdl_kernels* kernels) {
 int main() {
   const int32_t cpus[] = {0, 1, 0, 1};
   dispatches();
-  for (const char* isa : {"avx512_bf16", "avx512f", "avx2", "scalar", "amx_bf16"}) {
+  for (const char* isa : {"amx_bf16", "avx512_bf16", "avx512f", "avx2", "scalar"}) {
     if (!fdl_isa_usable(isa)) {
       std::printf("skipped %s: not built in, or not permitted here\n", isa);
       continue;

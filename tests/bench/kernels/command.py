@@ -30,6 +30,7 @@ from .statistics import Work
 
 _SEED = 1
 _ROUTINGS = 8
+_LONG_PROBE = 256 << 20
 _SETTLE_SECONDS = 0.02  # until threads of the call before have stopped spinning
 
 
@@ -100,7 +101,7 @@ def _measure_shape(
     generator = torch.Generator().manual_seed(_SEED)
     weights = _prepare(args, shape, machine, contenders, generator)
     tasks = (_Layer if args.layer else _Expert)(shape, weights, max(args.tokens), generator)
-    probe_bytes = 4 * max(machine.l3_bytes, 1 << 25)
+    probe_bytes, away = _probes(max(machine.l3_bytes, 1 << 25), weights.count, shape.expert_bytes)
     try:
         for threads in args.threads:
             for contender in contenders:
@@ -124,6 +125,7 @@ def _measure_shape(
                     task.work,
                     task.first,
                     probe_bytes,
+                    away,
                 )
                 seconds = max(0.0, deadline - time.monotonic()) / left
                 race.run(limits, args.rounds, seconds, peaks, functools.partial(_progress, tokens))
@@ -147,6 +149,17 @@ def _measure_shape(
             contender.close()
         del tasks, weights
         gc.collect()
+
+
+def _probes(l3_bytes: int, experts: int, expert_bytes: int) -> tuple[int, int]:
+    """How much a probe reads, and how many experts behind those with which the next call begins.
+
+    From there on, more than the last-level cache holds; where that takes long and there are enough weights, a part that
+    is half of the rotation away.
+    """
+    if 4 * l3_bytes <= _LONG_PROBE or experts * expert_bytes < 4 * l3_bytes:
+        return 4 * l3_bytes, 0
+    return _LONG_PROBE, experts // 2
 
 
 def _prepare(

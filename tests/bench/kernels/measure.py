@@ -27,7 +27,8 @@ class Race:
     call       call(contender, i) makes call number i of the rotation
     work       of call number i
     first      first(i) is the expert at which call i begins to read
-    probe_bytes  a probe reads at least so much, if the weights are so much: more than the last-level cache
+    probe_bytes  a probe reads at least so much, if the weights are so much
+    away       so many experts behind those with which the next call begins
     """
 
     contenders: Sequence[Contender]
@@ -36,6 +37,7 @@ class Race:
     work: Sequence[Work]
     first: Sequence[int]
     probe_bytes: int
+    away: int
     samples: dict[str, list[Sample]] = field(default_factory=dict)
 
     def run(self, limits: Limits, rounds: int, seconds: float, peaks: Peaks, progress: Callable[[int], None]) -> None:
@@ -74,9 +76,8 @@ class Race:
         return Sample(seconds, tuple(calls), (before[0], after[0]), (before[1], after[1]), others.cpus()), cursor
 
     def _probe(self, contender: Contender, limits: Limits, cursor: int) -> tuple[float, float]:
-        """Of the memory that the next call begins with and what follows, more than the last-level cache holds: the call
-        does not find its first weights there."""
-        first = self.first[cursor % len(self.work)]
+        """Of memory that is not in the last-level cache, and so that the call does not find its first weights there."""
+        first = self.first[cursor % len(self.work)] + self.away
         return limits.read_gbps(regions(contender, self.experts, first, self.probe_bytes)), limits.peak_gflops()
 
 

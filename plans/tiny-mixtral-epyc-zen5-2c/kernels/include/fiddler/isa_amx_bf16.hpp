@@ -1,4 +1,4 @@
-// AMX: TDPBF16PS multiplies tiles of 16 tokens and 32 inputs by 32 inputs and 16 outputs.
+// AMX: TDPBF16PS multiplies tiles of 16 tokens and 32 inputs by 32 inputs and 16 outputs. Few tokens go the way of AVX-512.
 //
 // 16 rows of half a packed row, 128 bytes apart, are the second operand as the instruction wants it: weights are read as they
 // lie. Four tiles hold the sums of two tiles of tokens and a packed row's 32 outputs, two more the inputs, two the weights:
@@ -11,8 +11,13 @@
 
 namespace {
 
-struct AmxBf16 : Avx512Bf16 {  // what is done beside the products
+struct AmxBf16 : Avx512Bf16 {  // what few tokens are multiplied with, and what is done beside the products
   static constexpr bool kTiles = true;
+};
+
+template <class Tile>
+struct FewTokens : Tile {
+  static constexpr int kTokens = Tile::kTilesFrom - 1;
 };
 
 constexpr int64_t kStepPairs = fdl::kTileInputs / 2;
@@ -140,6 +145,7 @@ inline void run_blocks(const fdl::Task& task, int64_t blocks, const uint32_t* ne
 // The thread's tiles are as they were when it returns.
 template <class Isa, class Tile>
 inline void run_tiles(const fdl::Task& task) {
+  if (task.tokens < Tile::kTilesFrom) return run<Isa, FewTokens<Tile>>(task);
   const int64_t tiles = (task.tokens + fdl::kTileRows - 1) / fdl::kTileRows, rows = (task.tokens + tiles - 1) / tiles;
   configure(rows);
   const Parts groups(task.blocks, fdl::kTileBlocks);
