@@ -67,7 +67,6 @@ def generate(
             "isa": variant.isa,
             "symbol": variant.symbol,
             "check": target.check,
-            "permit": target.permit,
             "element_bytes": target.element_bytes,
             "tiles": "true" if target.tiles_from else "false",
             "flags": target.flags,

@@ -49,7 +49,6 @@ class Target:
     element_bytes   of an activation: 2 (bf16) or 4 (fp32)
     tiles_from      so many tokens of an expert and more are multiplied as tiles (AMX), fewer as vectors, and the
                     numbers below are of these. 0: all are vectors
-    permit          the function of cpu.hpp or amx_permission.hpp that asks the system for the registers, on opening
     includes        further headers that its own needs and others do not
     functions       what the names of its functions run, burn in the header end with
 
@@ -87,7 +86,6 @@ class Target:
     l2_share: float = 0.75
     core: Core = ZEN4
     tiles_from: int = 0
-    permit: str = "always"
     functions: str = ""
     includes: tuple[str, ...] = ()
 
@@ -191,7 +189,6 @@ TARGETS["amx_bf16"] = replace(
     check="has_amx_bf16",
     core=SAPPHIRE,
     tiles_from=5,
-    permit="permit_tiles",
     functions="_tiles",
     includes=("amx_tiles.hpp", "isa_avx512_bf16.hpp"),
 )

@@ -85,11 +85,10 @@ namespace fdl {
 
 constexpr int32_t kMostThreads = 1024;
 
-// With `permitted`, of those whose registers the system hands out when they are asked for.
-inline const Variant* find_variant(const char* isa, bool permitted) {
+inline const Variant* find_variant(const char* isa) {
   for (int i = 0; i < kVariantCount; ++i) {
     const Variant& variant = kVariants[i];
-    if ((!isa || std::strcmp(isa, variant.isa) == 0) && variant.usable() && (!permitted || variant.permit())) return &variant;
+    if ((!isa || std::strcmp(isa, variant.isa) == 0) && variant.usable()) return &variant;
   }
   return nullptr;
 }
@@ -171,14 +170,14 @@ const char* fdl_error_text(int32_t status) {
 
 int64_t fdl_packed_bytes(void) { return fdl::kPackedBytes; }
 
-int32_t fdl_isa_usable(const char* isa) { return isa && fdl::find_variant(isa, false) ? 1 : 0; }
+int32_t fdl_isa_usable(const char* isa) { return isa && fdl::find_variant(isa) ? 1 : 0; }
 
 int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, int32_t nodes, const fdl_team* team, fdl_kernels** out) {
   if ((team && (!team->parallel || !team->thread_num)) || !out || threads < 1 || threads > fdl::kMostThreads || nodes < 1 ||
       threads % nodes != 0)
     return FDL_E_ARGUMENT;
   *out = nullptr;
-  const fdl::Variant* variant = fdl::find_variant(isa, true);  // before any thread starts
+  const fdl::Variant* variant = fdl::find_variant(isa);  // before any thread starts
   if (!variant) return FDL_E_ISA;
   try {
     auto kernels = std::make_unique<fdl_kernels>(*variant, threads, cpus, nodes);

@@ -6,6 +6,5 @@
 namespace fdl {
 
 inline bool has_amx_bf16() { return has_avx512_bf16(); }
-inline bool permit_tiles() { return true; }
 
 }  // namespace fdl

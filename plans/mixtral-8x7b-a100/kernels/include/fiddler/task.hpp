@@ -44,8 +44,7 @@ struct Task {
 struct Variant {
   const char* isa;
   const char* symbol;
-  bool (*usable)();                        // baseline code: asks the CPU and the operating system
-  bool (*permit)();                        // asks the system for the registers, when a library is opened
+  bool (*usable)();                        // baseline code: asks the CPU, and the operating system for the registers
   int32_t element_bytes;                   // of an activation: 2 or 4
   bool tiles;                              // multiplies tiles
   void (*run)(const Task&);
