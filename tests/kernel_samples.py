@@ -12,7 +12,7 @@ import torch
 
 from fiddler_runtime.build import build_kernels
 from fiddler_runtime.kernels import KernelLibrary, Kernels, empty_packed, make_pointers
-from fiddler_runtime.machine import KNOWN_ISAS, missing_flags
+from fiddler_runtime.machine import KNOWN_ISAS, missing_flags, refused
 from fiddlerc.codegen import generate
 from fiddlerc.codegen.selection import most_of_one_pass
 from fiddlerc.codegen.targets import TARGETS
@@ -63,7 +63,7 @@ def open_isa(
 
     Tiles of AMX are emulated where there are none.
     """
-    emulation = isa == "amx_bf16" and bool(missing_flags(isa))
+    emulation = isa == "amx_bf16" and bool(refused(isa))
     missing = missing_flags("avx512_bf16" if emulation else isa)
     if missing:
         pytest.skip(f"{isa} needs CPU flags that are missing here: {' '.join(missing)}")

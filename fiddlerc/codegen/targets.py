@@ -201,7 +201,7 @@ def target_on(isa: str, machine: Machine | None) -> Target:
     apart: Zen 4 has 32 KiB, Zen 5 48.
     """
     target = TARGETS[isa]
-    if machine is None or "avx512f" not in machine.isa:
+    if target.tiles_from or machine is None or "avx512f" not in machine.isa:
         return target
     if "amx_bf16" in machine.isa:
         return replace(target, core=SAPPHIRE)

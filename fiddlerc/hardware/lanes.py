@@ -136,9 +136,10 @@ class AcceleratorExpert:
         # Those that will run: on a GPU that has not been seen before they are measured here.
         self._kernels = kernels_on(device, library)
         experts = {index: UnpackedExpert.empty(form, where) for index in range(copies)}
+        noise = random_weights(max(form.packed_bytes, 2))
         for expert in experts.values():
             for part in (*expert.matrices, *expert.biases):
-                part.view(-1).copy_(random_weights(part.nbytes))
+                part.view(-1).copy_(noise[: part.numel()])
         self._held = self._kernels.hold(experts)
 
     @property

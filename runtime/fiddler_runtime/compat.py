@@ -32,7 +32,7 @@ def check(header: Header, machine: Machine) -> tuple[str, ...]:
     runs = next(variant.isa for variant in header.kernels.variants if variant.isa in machine.isa)
     if runs != best and best in header.hardware.machine.isa:
         lacking = ", ".join(flag for flag in ISA_FLAGS[best] if flag not in ISA_FLAGS[runs])
-        warnings.append(f"compiled for {best} kernels, running {runs}: this CPU lacks {best} ({lacking}); {_MEND}")
+        warnings.append(f"compiled for {best} kernels, running {runs}: no {best} here ({lacking}); {_MEND}")
     if runs == "scalar" and len(header.kernels.variants) > 1:
         warnings.append(
             "running the scalar kernels, which are many times slower: this CPU has no vector instructions "

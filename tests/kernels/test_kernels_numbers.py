@@ -25,6 +25,8 @@ from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import Kernels, make_pointers
 from fiddler_runtime.machine import KNOWN_ISAS, missing_flags, refused, this_machine
 from fiddler_runtime.makespan import CPU, IDLE, RESIDENT, SPLIT, STREAMED
+from fiddlerc.codegen.selection import most_of_one_pass
+from fiddlerc.codegen.targets import TARGETS
 
 SMALL = (129, 40)
 LARGE = (256, 1408)  # with some hundred tokens more than one thread is given to itself
@@ -114,12 +116,49 @@ def test_cut_for_a_cpu_with_avx512_few_tokens_are_summed_as_many_are(shape: tupl
     expert = random_expert(shape, generator)
     hidden = torch.randn(9, shape[0], generator=generator).bfloat16()
     expected, bound = reference(expert, hidden)
-    there = replace(this_machine("none"), isa=KNOWN_ISAS)
+    there = replace(this_machine("none"), isa=tuple(isa for isa in KNOWN_ISAS if isa != "amx_bf16"))
     with library(*shape, (isa,), machine=there).open(isa, 2) as kernels:
         together = one_expert(kernels, expert, hidden)
         assert ((together - expected).abs() <= bound).all()
         for tokens in range(1, 5):
             assert torch.equal(one_expert(kernels, expert, hidden[:tokens]), together[:tokens])
+
+
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512f", "avx2", "scalar"])
+@pytest.mark.parametrize("shape", [SMALL, LARGE])
+def test_cut_for_a_cpu_with_amx_one_pass_reads_four_places(shape: tuple[int, int], isa: str) -> None:
+    """Up to 14 tokens with AVX-512: another order of sums, in which a row is the same alone and beside others."""
+    if missing := missing_flags(isa):
+        pytest.skip(f"{isa} needs CPU flags that are missing here: {' '.join(missing)}")
+    generator = torch.Generator().manual_seed(16)
+    expert = random_expert(shape, generator)
+    hidden = torch.randn(17, shape[0], generator=generator).bfloat16()
+    expected, bound = reference(expert, hidden)
+    with library(*shape, (isa,), machine=replace(this_machine("none"), isa=KNOWN_ISAS)).open(isa, 2) as kernels:
+        (cut,) = (variant.blocking for variant in kernels.library.spec.variants)
+        most = most_of_one_pass(TARGETS[isa], cut)
+        for tokens in (1, 2, most, most + 1, 17):
+            found = one_expert(kernels, expert, hidden[:tokens])
+            assert ((found - expected[:tokens]).abs() <= bound[:tokens]).all()
+            if tokens == most:
+                assert torch.equal(found[:1], one_expert(kernels, expert, hidden[:1]))
+
+
+@pytest.mark.parametrize("tokens", [255, 256, 257, 512])
+def test_tiles_in_large_tasks_and_full_units(tokens: int) -> None:
+    """Inputs of more than 1.25 MiB a unit: a task takes eight blocks, if that leaves enough tasks for all threads."""
+    shape = (2560, 512)
+    generator = torch.Generator().manual_seed(17)
+    expert = random_expert(shape, generator)
+    hidden = torch.randn(tokens, shape[0], generator=generator).bfloat16()
+    expected, bound = reference(expert, hidden[[0, -1]])
+    found = []
+    for threads in (1, 3):
+        with open_isa(shape, "amx_bf16", threads) as kernels:
+            found.append(one_expert(kernels, expert, hidden))
+            alone = one_expert(kernels, expert, hidden[-40:])
+    assert torch.equal(*found) and torch.equal(found[0][-40:], alone)
+    assert ((found[0][[0, -1]] - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -11,6 +11,7 @@ from kernel_samples import emulated
 
 from fiddler_runtime.machine import KNOWN_ISAS, missing_flags
 from fiddlerc.codegen import generate
+from fiddlerc.ir import Blocking
 
 DRIVER = Path(__file__).with_name("driver.cpp")
 TEAM = Path(__file__).parents[1] / "kernels"
@@ -22,7 +23,8 @@ SHAPE = (80, 200)
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_nothing_is_found(sanitizer: str, tmp_path: Path) -> None:
     # Everything that experts may have; tiles emulated, whether or not this CPU has them.
-    sources = emulated(generate(*SHAPE, activation="gptoss", bias=True))
+    shallow = {"amx_bf16": Blocking(32, 2, (), 128, 1, 4096)}  # several chunks of the depth
+    sources = emulated(generate(*SHAPE, activation="gptoss", bias=True, blockings=shallow))
     kernels = sources.write(tmp_path / "kernels")
     flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1"]
     build = tmp_path / "build"

@@ -8,10 +8,10 @@ namespace {
 struct Tile {
   static constexpr int kTokens = 32;
   static constexpr int kLastTokens = 0;
-  static constexpr int kPlaces = 1;
+  static constexpr int kPlaces = 4;
   static constexpr int64_t kDepthPairs = 128;
-  static constexpr int64_t kFetchTokens = 5;
-  static constexpr int64_t kFetchBytes = 8192;
+  static constexpr int64_t kFetchTokens = 1;
+  static constexpr int64_t kFetchBytes = 4096;
   static constexpr int kFetchLevel = 2;
   static constexpr int kTilesFrom = 5;
   // Vectors of outputs beside each other, by tokens: wide where few tokens leave registers free.
@@ -19,6 +19,8 @@ struct Tile {
     return 2;
   }
 };
+
+static_assert(AmxBf16::kTiles == true, "rows lie otherwise");
 
 }  // namespace
 

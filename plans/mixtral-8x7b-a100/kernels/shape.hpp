@@ -7,8 +7,8 @@ namespace fdl {
 
 constexpr int64_t kHidden = 4096;
 constexpr int64_t kIntermediate = 14336;
-// Most tokens of an expert that pass over its weights together: their sums and a depth block of their inputs stay in the
-// second-level cache.
+// Most tokens of an expert that pass over its weights together, for tiles rounded up to whole pairs: their sums and a depth
+// block of their inputs stay in the second-level cache.
 constexpr int64_t kUnitTokens = 252;
 
 enum class Activation { silu, gptoss, gelu, gelu_tanh };

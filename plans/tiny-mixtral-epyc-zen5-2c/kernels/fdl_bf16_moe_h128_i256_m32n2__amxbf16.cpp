@@ -8,17 +8,19 @@ namespace {
 struct Tile {
   static constexpr int kTokens = 32;
   static constexpr int kLastTokens = 0;
-  static constexpr int kPlaces = 1;
+  static constexpr int kPlaces = 4;
   static constexpr int64_t kDepthPairs = 128;
-  static constexpr int64_t kFetchTokens = 2;
-  static constexpr int64_t kFetchBytes = 8192;
-  static constexpr int kFetchLevel = 1;
+  static constexpr int64_t kFetchTokens = 1;
+  static constexpr int64_t kFetchBytes = 4096;
+  static constexpr int kFetchLevel = 2;
   static constexpr int kTilesFrom = 5;
   // Vectors of outputs beside each other, by tokens: wide where few tokens leave registers free.
   static constexpr int vectors([[maybe_unused]] int tokens) {
     return 2;
   }
 };
+
+static_assert(AmxBf16::kTiles == true, "rows lie otherwise");
 
 }  // namespace
 

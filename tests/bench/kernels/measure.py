@@ -60,7 +60,7 @@ class Race:
 
     def _sample(self, contender: Contender, limits: Limits, cursor: int) -> tuple[Sample, int]:
         others = OtherLoad()
-        before = self._probe(contender, limits, cursor)
+        before = self._probe(contender, limits, cursor, self.away)
         calls: list[Work] = []
         begin = time.perf_counter()
         while True:
@@ -72,12 +72,12 @@ class Race:
             if seconds >= _LEAST_SECONDS:
                 break
         time.sleep(contender.settle())
-        after = self._probe(contender, limits, cursor)
+        after = self._probe(contender, limits, cursor, self.away // 2)
         return Sample(seconds, tuple(calls), (before[0], after[0]), (before[1], after[1]), others.cpus()), cursor
 
-    def _probe(self, contender: Contender, limits: Limits, cursor: int) -> tuple[float, float]:
+    def _probe(self, contender: Contender, limits: Limits, cursor: int, away: int) -> tuple[float, float]:
         """Of memory that is not in the last-level cache, and so that the call does not find its first weights there."""
-        first = self.first[cursor % len(self.work)] + self.away
+        first = self.first[cursor % len(self.work)] + away
         return limits.read_gbps(regions(contender, self.experts, first, self.probe_bytes)), limits.peak_gflops()
 
 

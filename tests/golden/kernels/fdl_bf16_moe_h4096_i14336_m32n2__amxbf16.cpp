@@ -20,6 +20,8 @@ struct Tile {
   }
 };
 
+static_assert(AmxBf16::kTiles == true, "rows lie otherwise");
+
 }  // namespace
 
 extern "C" void fdl_bf16_moe_h4096_i14336_m32n2__amxbf16(const fdl::Task& task) { run_tiles<AmxBf16, Tile>(task); }

@@ -77,7 +77,7 @@ int32_t fdl_abi_version(void);
 const char* fdl_describe(void); /* JSON: {"name", "hidden_size", "intermediate_size", "activation", "bias", "isas", "symbols"} */
 const char* fdl_error_text(int32_t status);
 int64_t fdl_packed_bytes(void);         /* of one expert, a multiple of 64 */
-int32_t fdl_isa_usable(const char* isa); /* 1 if built in and permitted by CPU and operating system */
+int32_t fdl_isa_usable(const char* isa); /* 1 if built in and permitted by CPU and operating system, which is asked for AMX's registers */
 
 /* Threads that are there already, those of the OpenMP runtime that other parts of the process use. parallel calls fn(data) on
  * so many threads, the caller among them, and returns when all have returned; thread_num tells each its number, 0 the caller. */

@@ -88,14 +88,15 @@ inline void multiply(const AmxPass& pass, const uint32_t* w, int64_t steps, cons
   if constexpr (M == 2) tile_store<2>(low, fdl::kRowBytes), tile_store<3>(low + kHalfRow, fdl::kRowBytes);
 }
 
-// At most kTileBlocks blocks; `next` are read after them, or null.
+// At most kTileBlocks blocks; `next_blocks` at `next` are read after them.
 //
 // One pass reads a block from end to end, fetched a little ahead. For several the depth is cut in chunks: two tiles of tokens
 // pass over a chunk of each block in turn, so their inputs stay in the first-level cache, the weights come from the second, and
 // meanwhile those of the next chunk come from memory, spread over the passes. All tiles have as many rows: those that the last
 // one has too many are whatever lies behind the unit's activations, and nobody reads their sums.
 template <class Isa, class Tile>
-inline void run_blocks(const fdl::Task& task, int64_t blocks, const uint32_t* next, int64_t tiles, int64_t rows) {
+inline void run_blocks(const fdl::Task& task, int64_t blocks, const uint32_t* next, int64_t next_blocks, int64_t tiles,
+                       int64_t rows) {
   constexpr int64_t kAhead = Tile::kFetchBytes / (4 * kStepLanes);
   static_assert(Tile::kDepthPairs % kStepPairs == 0);
   const int64_t passes = (tiles + 1) / 2, lines = (kStepLines + passes - 1) / passes;
@@ -122,7 +123,7 @@ inline void run_blocks(const fdl::Task& task, int64_t blocks, const uint32_t* ne
           const uint32_t* then = b + 1 < blocks ? part.weights + task.weight_stride : next;
           ahead = {reinterpret_cast<const char*>(w + kAhead * kStepLanes), kStepLines, steps - kAhead, nullptr};
           ahead.then = then ? reinterpret_cast<const char*>(then) : ahead.at;
-        } else if (const uint32_t* later = !last ? w + steps * kStepLanes : next ? next + b * task.weight_stride : nullptr;
+        } else if (const uint32_t* later = !last ? w + steps * kStepLanes : b < next_blocks ? next + b * task.weight_stride : nullptr;
                    later && p * lines < kStepLines) {
           ahead = {reinterpret_cast<const char*>(later) + 64 * lines * steps * p, lines, -1, nullptr};
         }
@@ -151,7 +152,8 @@ inline void run_tiles(const fdl::Task& task) {
   const Parts groups(task.blocks, fdl::kTileBlocks);
   for (int64_t g = 0; g < groups.count; ++g)
     run_blocks<Isa, Tile>(from_block(task, groups.first(g)), groups.size(g),
-                          next_block(task, groups.first(g) + groups.size(g) - 1), tiles, rows);
+                          next_block(task, groups.first(g) + groups.size(g) - 1),
+                          g + 1 < groups.count ? groups.size(g + 1) : task.next_blocks, tiles, rows);
   tile_release();
 }
 
@@ -169,7 +171,7 @@ struct Operands {
 };
 
 // The peak probe: the steps of above, with operands from the first-level cache, of changing bits. Without the loads it would
-// not notice that another thread of the core takes half of them, and zeros let the clock run a fifth faster than anybody's
+// not notice that another thread of the core takes most of them, and zeros let the clock run a fifth faster than anybody's
 // weights do (Emerald Rapids).
 template <class Isa>
 inline double burn_tiles(int64_t steps) {

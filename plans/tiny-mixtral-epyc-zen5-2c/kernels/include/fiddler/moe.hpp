@@ -117,7 +117,7 @@ class MoeLayer {
   // The unit of tiles: a whole number of pairs of them.
   static constexpr int64_t kTileUnitTokens = (kUnitTokens + 2 * kTileRows - 1) / (2 * kTileRows) * (2 * kTileRows);
   // Of a thread's sums for a block.
-  static constexpr int64_t kSumRows = kTileUnitTokens + kTileRows;
+  static constexpr int64_t kSumRows = kTileUnitTokens;
   // Weights of one task, about: what a thread streams in some microseconds.
   static constexpr int64_t kTaskBytes = 96 * 1024;
   // Results of so many bytes push weights and inputs out of the second-level caches. They are written past them, unless many
@@ -318,16 +318,18 @@ class MoeLayer {
       return run.first_block + (number - run.first_task) * run.group;
     };
     const Run& run = run_of(index, task);
+    const auto end_of = [&](const Run& run, int64_t number) { return std::min(first_of(run, number) + run.group, run.last_block); };
     const uint32_t* after = nullptr;
+    int64_t after_blocks = 0;
     if (following >= 0) {
       const Run& then = run_of(index, following);
       after = weights_of(*then.unit, which, first_of(then, following));
+      after_blocks = end_of(then, following) - first_of(then, following);
     }
-    const int64_t first = first_of(run, task), last = std::min(first + run.group, run.last_block);
-    compute_blocks(*run.unit, which, first, last, after, worker);
+    compute_blocks(*run.unit, which, first_of(run, task), end_of(run, task), after, after_blocks, worker);
   }
 
-  void compute_blocks(const Unit& unit, Phase which, int64_t block, int64_t last, const uint32_t* next,
+  void compute_blocks(const Unit& unit, Phase which, int64_t block, int64_t last, const uint32_t* next, int64_t next_blocks,
                       int worker) const {
     Task task{};
     task.phase = which;
@@ -337,6 +339,7 @@ class MoeLayer {
     task.weight_stride = which == Phase::gate_up ? kGateUpBlockLanes : kDownBlockLanes;
     if constexpr (kBias) task.bias = bias_of(unit, which, block);
     task.next = next;
+    task.next_blocks = next_blocks;
     task.sums = sums_ + worker * thread_sums();
     task.sums_stride = kSumRows * kLanes;
     char* middle = middle_ + unit.first_row * middle_bytes_;

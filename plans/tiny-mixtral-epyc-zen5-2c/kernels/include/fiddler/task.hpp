@@ -18,7 +18,7 @@ constexpr int64_t kTileRows = 16, kTileInputs = 32, kTileBlocks = 8;
 //
 // Activations are the variant's elements: bf16, or fp32 holding bf16 values for variants without a bf16 multiply. They lie
 // row by row, row_bytes() apart, with zeros up to a multiple of kTileInputs; up to kTileRows rows behind them may be read,
-// whatever they hold, and as many of the sums written.
+// whatever they hold, and as many sums behind theirs written, up to a multiple of 2 * kTileRows.
 struct Task {
   Phase phase;
   int64_t tokens;
@@ -28,6 +28,7 @@ struct Task {
   int64_t weight_stride;      // lanes from one block to the next
   const float* bias;          // of the first block's 32 lanes, the others' behind; null where experts have none
   const uint32_t* next;       // the block that this thread works on after these, worth fetching; or null
+  int64_t next_blocks;        // so many from there on
   const void* activations;    // gate_up: rows of kHidden inputs; down: of kIntermediate
   float* sums;                // scratch, [tokens][32]; of tiles for each of kTileBlocks blocks, sums_stride apart
   int64_t sums_stride;
