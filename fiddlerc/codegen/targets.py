@@ -179,8 +179,8 @@ TARGETS: dict[str, Target] = {
     )
 }
 
-# Vectors read at four places; with up to 4 tokens that is faster than tiles, which read at one. (Emerald Rapids: 1.20,
-# 1.20, 1.18, 1.09 and 0.88 times as fast with 1, 2, 3, 4 and 6.)
+# Vectors read at four places; with up to 4 tokens that is faster than tiles, which read at one. (Emerald Rapids, builds
+# of both: 1.20, 1.20, 1.18, 1.09 and 0.88 times as fast with 1, 2, 3, 4 and 6.)
 TARGETS["amx_bf16"] = replace(
     TARGETS["avx512_bf16"],
     isa="amx_bf16",

@@ -136,7 +136,7 @@ class AcceleratorExpert:
         # Those that will run: on a GPU that has not been seen before they are measured here.
         self._kernels = kernels_on(device, library)
         experts = {index: UnpackedExpert.empty(form, where) for index in range(copies)}
-        noise = random_weights(max(form.packed_bytes, 2))
+        noise = random_weights(form.packed_bytes)
         for expert in experts.values():
             for part in (*expert.matrices, *expert.biases):
                 part.view(-1).copy_(noise[: part.numel()])

@@ -106,18 +106,22 @@ def test_result_does_not_depend_on_threads_or_other_tokens(isa: str) -> None:
                 assert torch.equal(together, one_expert(kernels, expert, hidden))
 
 
+def cut_for(shape: tuple[int, int], isa: str, isas: tuple[str, ...]) -> Kernels:
+    """That variant as it is cut for a CPU with all of `isas`; skips the test, naming the flag, if this one lacks it."""
+    if missing := missing_flags(isa):
+        pytest.skip(f"{isa} needs CPU flags that are missing here: {' '.join(missing)}")
+    return library(*shape, (isa,), machine=replace(this_machine("none"), isa=isas)).open(isa, 2)
+
+
 @pytest.mark.parametrize("isa", ["avx2", "scalar"])
 @pytest.mark.parametrize("shape", [SMALL, LARGE, (768, 33)])  # depths that steps of four pairs do and do not divide
 def test_cut_for_a_cpu_with_avx512_few_tokens_are_summed_as_many_are(shape: tuple[int, int], isa: str) -> None:
     """Which reads one place faster than four (docs/kernels-measured.md). Both cuts are correct everywhere."""
-    if missing := missing_flags(isa):
-        pytest.skip(f"{isa} needs CPU flags that are missing here: {' '.join(missing)}")
     generator = torch.Generator().manual_seed(15)
     expert = random_expert(shape, generator)
     hidden = torch.randn(9, shape[0], generator=generator).bfloat16()
     expected, bound = reference(expert, hidden)
-    there = replace(this_machine("none"), isa=tuple(isa for isa in KNOWN_ISAS if isa != "amx_bf16"))
-    with library(*shape, (isa,), machine=there).open(isa, 2) as kernels:
+    with cut_for(shape, isa, tuple(isa for isa in KNOWN_ISAS if isa != "amx_bf16")) as kernels:
         together = one_expert(kernels, expert, hidden)
         assert ((together - expected).abs() <= bound).all()
         for tokens in range(1, 5):
@@ -128,13 +132,11 @@ def test_cut_for_a_cpu_with_avx512_few_tokens_are_summed_as_many_are(shape: tupl
 @pytest.mark.parametrize("shape", [SMALL, LARGE])
 def test_cut_for_a_cpu_with_amx_one_pass_reads_four_places(shape: tuple[int, int], isa: str) -> None:
     """Up to 14 tokens with AVX-512: another order of sums, in which a row is the same alone and beside others."""
-    if missing := missing_flags(isa):
-        pytest.skip(f"{isa} needs CPU flags that are missing here: {' '.join(missing)}")
     generator = torch.Generator().manual_seed(16)
     expert = random_expert(shape, generator)
     hidden = torch.randn(17, shape[0], generator=generator).bfloat16()
     expected, bound = reference(expert, hidden)
-    with library(*shape, (isa,), machine=replace(this_machine("none"), isa=KNOWN_ISAS)).open(isa, 2) as kernels:
+    with cut_for(shape, isa, KNOWN_ISAS) as kernels:
         (cut,) = (variant.blocking for variant in kernels.library.spec.variants)
         most = most_of_one_pass(TARGETS[isa], cut)
         for tokens in (1, 2, most, most + 1, 17):
