@@ -181,11 +181,12 @@ def reference(
 ISAS = KNOWN_ISAS
 
 
-def alike(kernels: Kernels) -> int:
-    """So many rows of an expert, and more, are computed in one order of sums, fewer in another.
+def orders(kernels: Kernels) -> tuple[int, ...]:
+    """The fewest rows of an expert, ascending, from which on sums are made in another order than of fewer.
 
-    amx_bf16 has tiles from there on; avx2 and scalar read several places at once where one pass is enough.
+    Where one pass is enough, several places may be read in turn; tiles read larger pieces of them than vectors.
     """
     target = TARGETS[kernels.isa]
     (cut,) = (v.blocking for v in kernels.library.spec.variants if v.isa == kernels.isa)
-    return target.tiles_from or (1 if target.core.places == 1 else most_of_one_pass(target, cut) + 1)
+    many = 1 if target.core.places == 1 else most_of_one_pass(target, cut) + 1
+    return tuple(sorted({1, target.tiles_from or 1, many}))

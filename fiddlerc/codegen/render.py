@@ -68,7 +68,7 @@ def generate(
             "symbol": variant.symbol,
             "check": target.check,
             "element_bytes": target.element_bytes,
-            "tiles": "true" if target.tiles_from else "false",
+            "tiles_from": target.tiles_from,
             "flags": target.flags,
         }
         for target, variant in zip(targets, spec.variants, strict=True)

@@ -46,11 +46,10 @@ _ISSUE_PER_SLOT = 3  # six instructions a cycle beside two multiplies
 _VECTOR_FROM_L2_SLOTS = 6.0
 _PASS_SLOTS = 40.0  # entering a tile's loop and leaving it, beside moving its sums
 # A CPU with eight tiles: 16 rows of 16 sums, each of 32 products, take a cycle a row (16.0 a product measured); its
-# second-level cache gives some 40 bytes a cycle, and moving a tile of sums to memory and back holds up the products for
-# so long (Emerald Rapids).
-TILE_ROWS, TILE_INPUTS, _TILE_TOKENS, _TILE_VECTORS, _TILE_REGISTERS = 16, 32, 32, 2, 8
+# second-level cache gives some 40 bytes a cycle, not beside what comes from memory, since both go through the same
+# buffers; and moving a tile of sums to memory and back holds up the products for so long (Emerald Rapids).
+TILE_ROWS, TILE_INPUTS, _TILE_TOKENS, _TILE_VECTORS, _TILE_REGISTERS = 16, 32, 48, 2, 8
 _L2_BYTES_PER_SLOT, _TILE_MOVE_SLOTS = 40.0, 23.0
-_TILE_L1_SHARE = 0.7  # of a first-level cache, for a pass's inputs: the weights leave it as it is
 _L1_SHARE = 0.5  # of a first-level cache, for inputs or what is fetched
 _TYPICAL_L1, _TYPICAL_L2 = 32 << 10, 1 << 20  # where the machine does not tell
 
@@ -154,7 +153,9 @@ def registers(target: Target, tokens: int, vectors: int) -> int:
 
 def working_set(target: Target, k_block: int) -> int:
     """Bytes that several tiles pass over again and again: a unit's inputs and sums, a block of weights and the next."""
-    return UNIT_TOKENS * (k_block * target.element_bytes + ROW_BYTES) + 2 * k_block // 2 * ROW_BYTES
+    passes = -(-UNIT_TOKENS // _TILE_TOKENS)
+    tokens = passes * _TILE_TOKENS if target.tiles_from else UNIT_TOKENS
+    return tokens * (k_block * target.element_bytes + ROW_BYTES) + 2 * k_block // 2 * ROW_BYTES
 
 
 def slots(target: Target, tokens: int, vectors: int) -> float:
@@ -223,11 +224,10 @@ def _tile_row_slots(blocking: Blocking, tokens: int) -> float:
     rows = tiles * -(-tokens // tiles)
     passes = -(-tiles * TILE_ROWS // blocking.tile_tokens)
     multiplies = rows * _TILE_VECTORS / (TILE_INPUTS / 2)
-    # The weights of each pass come from the second-level cache; its inputs too, once for all blocks of a task. Sums
-    # are moved with every chunk.
-    loads = ROW_BYTES * passes / _L2_BYTES_PER_SLOT
+    # Both operands of each pass come from the second-level cache. Sums are moved with every chunk.
+    loads = (ROW_BYTES * passes + 4 * rows) / _L2_BYTES_PER_SLOT
     moved = _TILE_MOVE_SLOTS * tiles * _TILE_VECTORS / (blocking.k_block / 2)
-    return max(_MEMORY_SLOTS, max(multiplies, loads) + moved)
+    return max(multiplies, _MEMORY_SLOTS + loads) + moved
 
 
 def _tiles(target: Target) -> Iterator[tuple[int, int]]:
@@ -258,10 +258,9 @@ def _k_blocks(
         if (size := working_set(target, k_block)) > target.l2_share * l2:
             rejected.append(f"not k_block {k_block}: {format_bytes(size)} of the {format_bytes(l2)} L2")
             continue
-        # Where a row takes several passes, a tile's inputs are read again; two of AMX's pass over several blocks.
+        # Where a row takes several passes, a tile's inputs are read again.
         inputs = tokens * k_block * target.element_bytes
-        again = target.tiles_from or vectors * target.lanes < ROW_LANES
-        if again and inputs > (_TILE_L1_SHARE if target.tiles_from else _L1_SHARE) * l1:
+        if vectors * target.lanes < ROW_LANES and inputs > _L1_SHARE * l1:
             rejected.append(
                 f"not k_block {k_block} with tile {tokens} x {vectors}: its inputs are {format_bytes(inputs)} of the "
                 f"{format_bytes(l1)} L1"
@@ -307,7 +306,7 @@ def _explain(target: Target, ranked: Sequence[Candidate], l1: int, l2: int) -> t
     tokens, vectors = chosen.tile_tokens, chosen.tile_vectors
     row = ROW_LANES // target.lanes
     if target.tiles_from:
-        return _explain_tiles(target, best, l1)
+        return _explain_tiles(target, best, l2)
     loads = vectors * target.weight_loads + tokens * target.input_loads
     size = working_set(target, chosen.k_block)
     lines = [
@@ -355,18 +354,17 @@ def _explain(target: Target, ranked: Sequence[Candidate], l1: int, l2: int) -> t
     return tuple(lines)
 
 
-def _explain_tiles(target: Target, best: Candidate, l1: int) -> tuple[str, ...]:
+def _explain_tiles(target: Target, best: Candidate, l2: int) -> tuple[str, ...]:
     chosen = best.blocking
     tokens, vectors = chosen.tile_tokens, chosen.tile_vectors
-    rows = tokens // TILE_ROWS
-    products, loads = rows * vectors, rows + vectors
+    products = tokens // TILE_ROWS * vectors
     return (
-        f"tile {tokens} x {vectors}: {products + loads} of {_TILE_REGISTERS} tile registers; "
-        f"{products} products beside {loads} loads",
-        f"tiles from {target.tiles_from} tokens on: vectors read for fewer at {target.core.places} places of a block's "
-        "depth in turn, which memory answers faster",
-        f"k_block {chosen.k_block}: a tile's inputs are {format_bytes(tokens * chosen.k_block * 2)} of the "
-        f"{format_bytes(l1)} L1; larger ones move the sums less often",
-        f"one pass fetches {chosen.fetch_bytes} bytes ahead, several the next depth block as evenly as they can",
+        f"tile {tokens} x {vectors}: sums in {products} of {_TILE_REGISTERS} tile registers; {products} products for "
+        f"{products + 1} loads",
+        f"tiles from {target.tiles_from} tokens on, vectors for fewer",
+        f"k_block {chosen.k_block}: {format_bytes(working_set(target, chosen.k_block))} of the {format_bytes(l2)} L2, "
+        "which sums of several blocks need as well; larger ones move the sums less often",
+        f"one pass reads {target.core.places} places of a block's depth in turn, fetched a tile ahead at each; several "
+        "fetch the next depth block as evenly as they can",
         f"predicted {1 / best.small:.0%} of the limit up to 16 tokens, {1 / best.large:.0%} beyond",
     )

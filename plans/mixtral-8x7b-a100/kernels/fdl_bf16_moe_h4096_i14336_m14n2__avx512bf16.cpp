@@ -19,8 +19,6 @@ struct Tile {
   }
 };
 
-static_assert(Avx512Bf16::kTiles == false, "rows lie otherwise");
-
 }  // namespace
 
 extern "C" void fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16(const fdl::Task& task) { run<Avx512Bf16, Tile>(task); }

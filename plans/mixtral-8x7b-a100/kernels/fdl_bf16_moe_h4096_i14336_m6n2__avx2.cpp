@@ -19,8 +19,6 @@ struct Tile {
   }
 };
 
-static_assert(Avx2::kTiles == false, "rows lie otherwise");
-
 }  // namespace
 
 extern "C" void fdl_bf16_moe_h4096_i14336_m6n2__avx2(const fdl::Task& task) { run<Avx2, Tile>(task); }

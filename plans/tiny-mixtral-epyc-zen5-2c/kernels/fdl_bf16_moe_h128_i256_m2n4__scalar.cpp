@@ -19,8 +19,6 @@ struct Tile {
   }
 };
 
-static_assert(Scalar::kTiles == false, "rows lie otherwise");
-
 }  // namespace
 
 extern "C" void fdl_bf16_moe_h128_i256_m2n4__scalar(const fdl::Task& task) { run<Scalar, Tile>(task); }

@@ -2,9 +2,9 @@
 #include "fiddler/library.hpp"
 
 extern "C" {
-void fdl_bf16_moe_h128_i256_m32n2__amxbf16(const fdl::Task&);
-double fdl_bf16_moe_h128_i256_m32n2__amxbf16_burn(int64_t);
-void fdl_bf16_moe_h128_i256_m32n2__amxbf16_read(const void*, int64_t);
+void fdl_bf16_moe_h128_i256_m48n2__amxbf16(const fdl::Task&);
+double fdl_bf16_moe_h128_i256_m48n2__amxbf16_burn(int64_t);
+void fdl_bf16_moe_h128_i256_m48n2__amxbf16_read(const void*, int64_t);
 void fdl_bf16_moe_h128_i256_m14n2__avx512bf16(const fdl::Task&);
 double fdl_bf16_moe_h128_i256_m14n2__avx512bf16_burn(int64_t);
 void fdl_bf16_moe_h128_i256_m14n2__avx512bf16_read(const void*, int64_t);
@@ -22,29 +22,29 @@ void fdl_bf16_moe_h128_i256_m2n4__scalar_read(const void*, int64_t);
 namespace fdl {
 
 const Variant kVariants[] = {
-    {"amx_bf16", "fdl_bf16_moe_h128_i256_m32n2__amxbf16", has_amx_bf16, 2, true,
-     fdl_bf16_moe_h128_i256_m32n2__amxbf16,
-     fdl_bf16_moe_h128_i256_m32n2__amxbf16_burn,
-     fdl_bf16_moe_h128_i256_m32n2__amxbf16_read},
-    {"avx512_bf16", "fdl_bf16_moe_h128_i256_m14n2__avx512bf16", has_avx512_bf16, 2, false,
+    {"amx_bf16", "fdl_bf16_moe_h128_i256_m48n2__amxbf16", has_amx_bf16, 2, 3,
+     fdl_bf16_moe_h128_i256_m48n2__amxbf16,
+     fdl_bf16_moe_h128_i256_m48n2__amxbf16_burn,
+     fdl_bf16_moe_h128_i256_m48n2__amxbf16_read},
+    {"avx512_bf16", "fdl_bf16_moe_h128_i256_m14n2__avx512bf16", has_avx512_bf16, 2, 0,
      fdl_bf16_moe_h128_i256_m14n2__avx512bf16,
      fdl_bf16_moe_h128_i256_m14n2__avx512bf16_burn,
      fdl_bf16_moe_h128_i256_m14n2__avx512bf16_read},
-    {"avx512f", "fdl_bf16_moe_h128_i256_m14n2__avx512f", has_avx512f, 4, false,
+    {"avx512f", "fdl_bf16_moe_h128_i256_m14n2__avx512f", has_avx512f, 4, 0,
      fdl_bf16_moe_h128_i256_m14n2__avx512f,
      fdl_bf16_moe_h128_i256_m14n2__avx512f_burn,
      fdl_bf16_moe_h128_i256_m14n2__avx512f_read},
-    {"avx2", "fdl_bf16_moe_h128_i256_m6n2__avx2", has_avx2, 4, false,
+    {"avx2", "fdl_bf16_moe_h128_i256_m6n2__avx2", has_avx2, 4, 0,
      fdl_bf16_moe_h128_i256_m6n2__avx2,
      fdl_bf16_moe_h128_i256_m6n2__avx2_burn,
      fdl_bf16_moe_h128_i256_m6n2__avx2_read},
-    {"scalar", "fdl_bf16_moe_h128_i256_m2n4__scalar", always, 4, false,
+    {"scalar", "fdl_bf16_moe_h128_i256_m2n4__scalar", always, 4, 0,
      fdl_bf16_moe_h128_i256_m2n4__scalar,
      fdl_bf16_moe_h128_i256_m2n4__scalar_burn,
      fdl_bf16_moe_h128_i256_m2n4__scalar_read},
 };
 const int kVariantCount = 5;
 const char kDescription[] =
-    R"({"name": "fdl_bf16_moe_h128_i256", "hidden_size": 128, "intermediate_size": 256, "activation": "silu", "bias": false, "isas": ["amx_bf16", "avx512_bf16", "avx512f", "avx2", "scalar"], "symbols": ["fdl_bf16_moe_h128_i256_m32n2__amxbf16", "fdl_bf16_moe_h128_i256_m14n2__avx512bf16", "fdl_bf16_moe_h128_i256_m14n2__avx512f", "fdl_bf16_moe_h128_i256_m6n2__avx2", "fdl_bf16_moe_h128_i256_m2n4__scalar"]})";
+    R"({"name": "fdl_bf16_moe_h128_i256", "hidden_size": 128, "intermediate_size": 256, "activation": "silu", "bias": false, "isas": ["amx_bf16", "avx512_bf16", "avx512f", "avx2", "scalar"], "symbols": ["fdl_bf16_moe_h128_i256_m48n2__amxbf16", "fdl_bf16_moe_h128_i256_m14n2__avx512bf16", "fdl_bf16_moe_h128_i256_m14n2__avx512f", "fdl_bf16_moe_h128_i256_m6n2__avx2", "fdl_bf16_moe_h128_i256_m2n4__scalar"]})";
 
 }  // namespace fdl

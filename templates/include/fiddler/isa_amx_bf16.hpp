@@ -1,8 +1,7 @@
 // AMX: TDPBF16PS multiplies tiles of 16 tokens and 32 inputs by 32 inputs and 16 outputs. Few tokens go the way of AVX-512.
 //
 // 16 rows of half a packed row, 128 bytes apart, are the second operand as the instruction wants it: weights are read as they
-// lie. Four tiles hold the sums of two tiles of tokens and a packed row's 32 outputs, two more the inputs, two the weights:
-// every product of two loaded tiles is taken.
+// lie. Six tiles hold the sums of three tiles of tokens and a packed row's 32 outputs; two are left for what is multiplied.
 #pragma once
 
 #include "amx_tiles.hpp"
@@ -11,10 +10,6 @@
 
 namespace {
 
-struct AmxBf16 : Avx512Bf16 {  // what few tokens are multiplied with, and what is done beside the products
-  static constexpr bool kTiles = true;
-};
-
 template <class Tile>
 struct FewTokens : Tile {
   static constexpr int kTokens = Tile::kTilesFrom - 1;
@@ -22,125 +17,231 @@ struct FewTokens : Tile {
 
 constexpr int64_t kStepPairs = fdl::kTileInputs / 2;
 constexpr int64_t kStepLanes = kStepPairs * fdl::kLanes;
-constexpr int64_t kStepLines = 2 * kStepPairs;
+constexpr int64_t kStepLines = kStepLanes / 16;
 constexpr int64_t kHalfRow = fdl::kLanes / 2;
+constexpr int64_t kPassSums = fdl::kPassTiles * fdl::kTileRows * fdl::kLanes;
 
 inline void configure(int64_t rows) {
   TileShapes shapes;
   for (int tile = 0; tile < 8; ++tile) {
     shapes.row_bytes[tile] = 64;
-    shapes.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : kStepPairs);
+    shapes.rows[tile] = static_cast<uint8_t>(tile < 7 ? rows : kStepPairs);
   }
   tile_configure(shapes);
 }
 
-// Weights that a pass fetches meanwhile: so many cache lines a step, after `until` steps from `then` on.
-struct Ahead {
-  const char* at;
-  int64_t lines;
-  int64_t until;
-  const char* then;
-};
-
-// One or two (M) tiles of `rows` tokens each, and what they are multiplied by. Strides are in bytes.
-struct AmxPass {
-  const uint16_t* x;
-  int64_t x_stride;
-  int64_t rows;
-  float* sums;  // [M * rows][32], added to unless `fresh`
-  bool fresh;
-};
-
-template <int M>
-inline void multiply_step(const AmxPass& pass, const uint16_t* x, const uint32_t* w) {
-  tile_load_passing<6>(w, fdl::kRowBytes);
-  tile_load<4>(x, pass.x_stride);
-  tile_multiply<0, 4, 6>();
-  tile_load_passing<7>(w + kHalfRow, fdl::kRowBytes);
-  tile_multiply<1, 4, 7>();
-  if constexpr (M == 2) {
-    tile_load<5>(reinterpret_cast<const char*>(x) + pass.rows * pass.x_stride, pass.x_stride);
-    tile_multiply<2, 5, 6>();
-    tile_multiply<3, 5, 7>();
-  }
+// The sums of M tiles of `rows` tokens each: [M * rows][32].
+template <int M, int kTile = 0>
+inline void zero_sums() {
+  tile_zero<2 * kTile>(), tile_zero<2 * kTile + 1>();
+  if constexpr (kTile + 1 < M) zero_sums<M, kTile + 1>();
 }
 
-// sums (+)= x * w over `steps` of rows of weights; and if it is given, over `rest`, which is filled up with zeros.
-template <int M>
-inline void multiply(const AmxPass& pass, const uint32_t* w, int64_t steps, const uint32_t* rest, const Ahead& ahead) {
-  float* const low = pass.sums + pass.rows * fdl::kLanes;  // of the second tile of tokens
-  if (pass.fresh) {
-    tile_zero<0>(), tile_zero<1>();
-    if constexpr (M == 2) tile_zero<2>(), tile_zero<3>();
+template <int M, int kTile = 0>
+inline void load_sums(const float* from, int64_t rows) {
+  tile_load<2 * kTile>(from, fdl::kRowBytes), tile_load<2 * kTile + 1>(from + kHalfRow, fdl::kRowBytes);
+  if constexpr (kTile + 1 < M) load_sums<M, kTile + 1>(from + rows * fdl::kLanes, rows);
+}
+
+template <int M, int kTile = 0>
+inline void keep_sums(float* to, int64_t rows) {
+  tile_store<2 * kTile>(to, fdl::kRowBytes), tile_store<2 * kTile + 1>(to + kHalfRow, fdl::kRowBytes);
+  if constexpr (kTile + 1 < M) keep_sums<M, kTile + 1>(to + rows * fdl::kLanes, rows);
+}
+
+// One step of M tiles of tokens, `tile` elements from one to the next. `fetch(0)` to `fetch(3)` are called in between. What is
+// not read again so soon passes the first-level cache by: of three tiles the tokens, else the weights.
+template <int M, class Fetch>
+[[gnu::always_inline]] inline void multiply_step(const uint16_t* x, int64_t tile, const uint32_t* w, Fetch fetch) {
+  fetch(0);
+  if constexpr (M < 3) {
+    tile_load<6>(x, 64);
+    fetch(1);
+    tile_load_passing<7>(w, fdl::kRowBytes);
+    tile_multiply<0, 6, 7>();
+    if constexpr (M == 2) {
+      tile_load<5>(x + tile, 64);
+      tile_multiply<2, 5, 7>();
+    }
+    fetch(2);
+    tile_load_passing<7>(w + kHalfRow, fdl::kRowBytes);
+    tile_multiply<1, 6, 7>();
+    if constexpr (M == 2) tile_multiply<3, 5, 7>();
+    fetch(3);
   } else {
-    tile_load<0>(pass.sums, fdl::kRowBytes), tile_load<1>(pass.sums + kHalfRow, fdl::kRowBytes);
-    if constexpr (M == 2) tile_load<2>(low, fdl::kRowBytes), tile_load<3>(low + kHalfRow, fdl::kRowBytes);
+    tile_load_passing<6>(x, 64);
+    tile_load<7>(w, fdl::kRowBytes);
+    tile_multiply<0, 6, 7>();
+    fetch(1);
+    tile_load<7>(w + kHalfRow, fdl::kRowBytes);
+    tile_multiply<1, 6, 7>();
+    fetch(2);
+    tile_load_passing<6>(x + tile, 64);
+    tile_multiply<3, 6, 7>();
+    tile_load<7>(w, fdl::kRowBytes);
+    tile_multiply<2, 6, 7>();
+    fetch(3);
+    tile_load_passing<6>(x + 2 * tile, 64);
+    tile_multiply<4, 6, 7>();
+    tile_load<7>(w + kHalfRow, fdl::kRowBytes);
+    tile_multiply<5, 6, 7>();
   }
-  const uint16_t* x = pass.x;
-  const char* fetch = ahead.at;
-  for (int64_t step = 0; step < steps; ++step, w += kStepLanes, x += fdl::kTileInputs) {
-    if (step == ahead.until) fetch = ahead.then;
-    for (const char* end = fetch + 64 * ahead.lines; fetch < end; fetch += 64) __builtin_prefetch(fetch, 0, 2);
-    multiply_step<M>(pass, x, w);
-  }
-  if (rest) multiply_step<M>(pass, x, rest);
-  tile_store<0>(pass.sums, fdl::kRowBytes), tile_store<1>(pass.sums + kHalfRow, fdl::kRowBytes);
-  if constexpr (M == 2) tile_store<2>(low, fdl::kRowBytes), tile_store<3>(low + kHalfRow, fdl::kRowBytes);
 }
 
-// At most kTileBlocks blocks; `next_blocks` at `next` are read after them.
+// What is made of a pass's sums, some tokens at a time: beside the next pass's products.
+template <class Isa>
+struct Finish {
+  fdl::Task task;  // from the pass's block on
+  const float* sums;
+  int64_t token, end;
+  int64_t each;  // tokens beside a step: soon, while the sums are in the first-level cache
+
+  void some(int64_t tokens) {
+    if (tokens > end - token) tokens = end - token;
+    if (tokens <= 0) return;
+    if (task.phase == fdl::Phase::gate_up) {
+      const int64_t line = task.intermediate_column / fdl::kTileInputs, column = task.intermediate_column % fdl::kTileInputs;
+      auto* const out = static_cast<uint16_t*>(task.intermediate) + (line * task.tokens + token) * fdl::kTileInputs + column;
+      activate_sums<Isa>(task, sums, tokens, out, fdl::kTileInputs);
+    } else {
+      store_sums<Isa>(task, sums, token, tokens);
+    }
+    sums += tokens * fdl::kLanes;
+    token += tokens;
+  }
+};
+
+// M tiles of `rows` tokens each over some steps of a block.
+struct Pass {
+  const uint16_t* x;  // the first step's lines
+  int64_t x_step;     // elements to the next one's
+  int64_t rows;
+  const uint32_t* weights;
+  int64_t steps;
+  const uint32_t* rest;  // one more step, filled up with zeros; or null
+  float* sums;
+  bool fresh;  // or added to
+};
+
+template <int M, class Steps>
+inline void multiply(const Pass& pass, Steps steps) {
+  if (pass.fresh)
+    zero_sums<M>();
+  else
+    load_sums<M>(pass.sums, pass.rows);
+  steps();
+  if (pass.rest)
+    multiply_step<M>(pass.x + pass.steps * pass.x_step, pass.rows * fdl::kTileInputs, pass.rest, [](int) {});
+  keep_sums<M>(pass.sums, pass.rows);
+}
+
+// The only pass over a block, from memory: its depth is read at several places in turn, fetched one step ahead at each into
+// the first-level cache, and `next` after it.
+template <int M, int kPlaces, class Isa>
+inline void multiply_once(const Pass& pass, const uint32_t* next, Finish<Isa>& finish) {
+  static_assert(kStepLines % (4 * kPlaces) == 0);
+  constexpr int64_t kLines = kStepLines / (4 * kPlaces);
+  const int64_t rounds = (pass.steps + kPlaces - 1) / kPlaces;
+  const uint32_t* ahead = pass.weights + kStepLanes;
+  multiply<M>(pass, [&] {
+    for (int64_t round = 0; round < rounds; ++round) {
+      if (round + 1 == rounds) ahead = next ? next : pass.weights;
+      for (int64_t step = round; step < pass.steps; step += rounds) {
+        multiply_step<M>(pass.x + step * pass.x_step, pass.rows * fdl::kTileInputs, pass.weights + step * kStepLanes, [&](int) {
+#pragma GCC unroll 8
+          for (int64_t line = 0; line < kLines; ++line) {
+#pragma GCC unroll 4
+            for (int64_t place = 0; place < kPlaces; ++place)
+              __builtin_prefetch(ahead + place * rounds * kStepLanes + line * 16, 0, 3);
+          }
+          ahead += kLines * 16;
+        });
+        finish.some(finish.each);
+      }
+    }
+  });
+}
+
+// What one of several passes fetches from memory: so many cache lines a step, of several places in turn, from `line` on.
+struct Later {
+  const uint32_t* weights;
+  int64_t line, lines;
+};
+
+// One of several passes over a block, which is in the second-level cache.
+template <int M, int kPlaces, class Isa>
+inline void multiply_again(const Pass& pass, Later later, Finish<Isa>& finish) {
+  const int64_t apart = pass.steps * kStepLanes / kPlaces;
+  multiply<M>(pass, [&] {
+    for (int64_t step = 0; step < pass.steps; ++step) {
+      multiply_step<M>(pass.x + step * pass.x_step, pass.rows * fdl::kTileInputs, pass.weights + step * kStepLanes, [&](int part) {
+        for (const int64_t end = later.line + (later.lines + part) / 4; later.line < end; ++later.line)
+          __builtin_prefetch(later.weights + later.line % kPlaces * apart + later.line / kPlaces * 16, 0, 2);
+      });
+      finish.some(finish.each);
+    }
+  });
+}
+
+template <int N>
+struct Tiles {
+  static constexpr int kCount = N;
+};
+
+// At most kTileBlocks blocks; `next` is read after them.
 //
-// One pass reads a block from end to end, fetched a little ahead. For several the depth is cut in chunks: two tiles of tokens
-// pass over a chunk of each block in turn, so their inputs stay in the first-level cache, the weights come from the second, and
-// meanwhile those of the next chunk come from memory, spread over the passes. All tiles have as many rows: those that the last
-// one has too many are whatever lies behind the unit's activations, and nobody reads their sums.
+// Up to kPassTiles tiles of tokens take one pass over each block. More take several, and the depth is cut in chunks: a unit's
+// activations of one, the sums of all blocks, a block's weights and the next one's are in the second-level cache then, and
+// the passes fetch that next one as evenly as they can. All tiles have as many rows: those that the last one has too many are
+// whatever lies behind the unit's activations, and nobody reads their sums.
 template <class Isa, class Tile>
-inline void run_blocks(const fdl::Task& task, int64_t blocks, const uint32_t* next, int64_t next_blocks, int64_t tiles,
-                       int64_t rows) {
-  constexpr int64_t kAhead = Tile::kFetchBytes / (4 * kStepLanes);
+inline void run_blocks(const fdl::Task& task, int64_t blocks, const uint32_t* next, int64_t tiles, int64_t rows) {
   static_assert(Tile::kDepthPairs % kStepPairs == 0);
-  const int64_t passes = (tiles + 1) / 2, lines = (kStepLines + passes - 1) / passes;
-  const int64_t stride = task.phase == fdl::Phase::gate_up ? kInputStride<Isa> : kMiddleStride<Isa>;
+  const Parts passes(tiles, fdl::kPassTiles);
   const int64_t all = (task.pairs + kStepPairs - 1) / kStepPairs, over = task.pairs % kStepPairs;
-  const Parts chunks(all, passes == 1 ? all : Tile::kDepthPairs / kStepPairs);
+  const Parts chunks(all, passes.count == 1 ? all : Tile::kDepthPairs / kStepPairs);
   alignas(64) uint32_t rest[kStepLanes];
+  Finish<Isa> finish{};
+  int64_t turn = 0;
   for (int64_t c = 0; c < chunks.count; ++c) {
     const bool last = c + 1 == chunks.count;
-    const int64_t steps = chunks.size(c) - (last && over);
-    for (int64_t p = 0; p < passes; ++p) {
-      const int64_t token = 2 * p * rows, end = token + 2 * rows < task.tokens ? token + 2 * rows : task.tokens;
-      for (int64_t b = 0; b < blocks; ++b) {
-        const fdl::Task part = from_block(task, b);
-        const uint32_t* w = part.weights + chunks.first(c) * kStepLanes;
-        const uint32_t* filled = nullptr;
-        if (last && over) {
-          __builtin_memcpy(rest, w + steps * kStepLanes, static_cast<size_t>(over * fdl::kRowBytes));
-          __builtin_memset(rest + over * fdl::kLanes, 0, static_cast<size_t>((kStepPairs - over) * fdl::kRowBytes));
-          filled = rest;
-        }
-        Ahead ahead{};
-        if (passes == 1) {
-          const uint32_t* then = b + 1 < blocks ? part.weights + task.weight_stride : next;
-          ahead = {reinterpret_cast<const char*>(w + kAhead * kStepLanes), kStepLines, steps - kAhead, nullptr};
-          ahead.then = then ? reinterpret_cast<const char*>(then) : ahead.at;
-        } else if (const uint32_t* later = !last ? w + steps * kStepLanes : b < next_blocks ? next + b * task.weight_stride : nullptr;
-                   later && p * lines < kStepLines) {
-          ahead = {reinterpret_cast<const char*>(later) + 64 * lines * steps * p, lines, -1, nullptr};
-        }
-        const AmxPass pass{static_cast<const uint16_t*>(task.activations) + token * stride + chunks.first(c) * fdl::kTileInputs,
-                           stride * 2, rows, task.sums + b * task.sums_stride + token * fdl::kLanes, c == 0};
-        if (2 * p + 1 < tiles)
-          multiply<2>(pass, w, steps, filled, ahead);
-        else
-          multiply<1>(pass, w, steps, filled, ahead);
-        if (!last) continue;
-        if (task.phase == fdl::Phase::gate_up)
-          activate_sums<Isa>(part, pass.sums, token, end - token);
-        else
-          store_sums<Isa>(part, pass.sums, token, end - token);
+    Pass pass{};
+    pass.x_step = task.tokens * fdl::kTileInputs;
+    pass.rows = rows;
+    pass.steps = chunks.size(c) - (last && over);
+    pass.fresh = c == 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const fdl::Task part = from_block(task, b);
+      pass.weights = part.weights + chunks.first(c) * kStepLanes;
+      if (last && over) {
+        __builtin_memcpy(rest, pass.weights + pass.steps * kStepLanes, static_cast<size_t>(over * fdl::kRowBytes));
+        __builtin_memset(rest + over * fdl::kLanes, 0, static_cast<size_t>((kStepPairs - over) * fdl::kRowBytes));
+        pass.rest = rest;
+      }
+      const uint32_t* const then = b + 1 < blocks ? pass.weights + task.weight_stride
+                                   : last         ? next
+                                                  : task.weights + chunks.first(c + 1) * kStepLanes;
+      for (int64_t p = 0; p < passes.count; ++p) {
+        const int64_t token = passes.first(p) * rows, size = passes.size(p);
+        const int64_t end = token + size * rows < task.tokens ? token + size * rows : task.tokens;
+        pass.x = static_cast<const uint16_t*>(task.activations) + chunks.first(c) * pass.x_step + token * fdl::kTileInputs;
+        // Sums of the only chunk are finished beside the next pass: two passes' are enough.
+        pass.sums = task.sums + (chunks.count == 1 ? turn++ % 2 * kPassSums : b * task.sums_stride + token * fdl::kLanes);
+        const int64_t lines = then ? (kStepLines + passes.count - 1) / passes.count : 0;
+        const Later later{then, p * lines * pass.steps, p * lines < kStepLines ? lines : 0};
+        const auto multiply_tiles = [&](auto tiles) {
+          if (passes.count == 1)
+            multiply_once<decltype(tiles)::kCount, Tile::kPlaces>(pass, then, finish);
+          else
+            multiply_again<decltype(tiles)::kCount, Tile::kPlaces>(pass, later, finish);
+        };
+        size == 3 ? multiply_tiles(Tiles<3>{}) : size == 2 ? multiply_tiles(Tiles<2>{}) : multiply_tiles(Tiles<1>{});
+        finish.some(task.tokens);
+        if (last) finish = {part, pass.sums, token, end, 1 + 2 * (end - token) / (pass.steps + 1)};
       }
     }
   }
+  finish.some(task.tokens);
 }
 
 // The thread's tiles are as they were when it returns.
@@ -152,8 +253,7 @@ inline void run_tiles(const fdl::Task& task) {
   const Parts groups(task.blocks, fdl::kTileBlocks);
   for (int64_t g = 0; g < groups.count; ++g)
     run_blocks<Isa, Tile>(from_block(task, groups.first(g)), groups.size(g),
-                          next_block(task, groups.first(g) + groups.size(g) - 1),
-                          g + 1 < groups.count ? groups.size(g + 1) : task.next_blocks, tiles, rows);
+                          next_block(task, groups.first(g) + groups.size(g) - 1), tiles, rows);
   tile_release();
 }
 
@@ -176,10 +276,10 @@ struct Operands {
 template <class Isa>
 inline double burn_tiles(int64_t steps) {
   static constexpr Operands weights, inputs;
-  const AmxPass pass{inputs.numbers, 2 * fdl::kTileInputs, fdl::kTileRows, nullptr, true};
   configure(fdl::kTileRows);
+  zero_sums<2>();
   for (int64_t step = 0; step < steps; ++step)
-    multiply_step<2>(pass, inputs.numbers, reinterpret_cast<const uint32_t*>(weights.numbers));
+    multiply_step<2>(inputs.numbers, fdl::kTileRows * fdl::kTileInputs, reinterpret_cast<const uint32_t*>(weights.numbers), [](int) {});
   tile_release();
   return static_cast<double>(steps) * 4 * 2 * fdl::kTileRows * fdl::kTileInputs * kHalfRow;
 }

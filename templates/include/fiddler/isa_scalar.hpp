@@ -18,7 +18,6 @@ struct Scalar {
   static constexpr int kPairsAtOnce = 1;
   static constexpr int kBurnSums = 8;
   static constexpr double kFlops = 2.0 * kLanes;
-  static constexpr bool kTiles = false;
 
   template <int kStep>
   static inline void load(const uint32_t* from, Weights& weights) {

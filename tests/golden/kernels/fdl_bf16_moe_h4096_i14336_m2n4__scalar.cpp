@@ -19,8 +19,6 @@ struct Tile {
   }
 };
 
-static_assert(Scalar::kTiles == false, "rows lie otherwise");
-
 }  // namespace
 
 extern "C" void fdl_bf16_moe_h4096_i14336_m2n4__scalar(const fdl::Task& task) { run<Scalar, Tile>(task); }

@@ -1,4 +1,4 @@
-// A token's inputs as the row that kernels read (task.hpp). Baseline code (SSE2).
+// A token's inputs as kernels read them (task.hpp). Baseline code (SSE2).
 #pragma once
 
 #include <emmintrin.h>
@@ -29,6 +29,15 @@ inline void fill_row(const uint16_t* from, int64_t inputs, int64_t element_bytes
     }
   }
   std::memset(to + inputs * element_bytes, 0, static_cast<size_t>(zeros * element_bytes));
+}
+
+// `inputs` bf16 as lines of kTileInputs, `stride` bytes apart, with zeros up to the last one's end.
+inline void fill_lines(const uint16_t* from, int64_t inputs, int64_t stride, char* to) {
+  const int64_t lines = inputs / kTileInputs, over = inputs % kTileInputs;
+  for (int64_t line = 0; line < lines; ++line, from += kTileInputs, to += stride) std::memcpy(to, from, kTileInputs * 2);
+  if (over == 0) return;
+  std::memset(to, 0, kTileInputs * 2);
+  std::memcpy(to, from, static_cast<size_t>(over * 2));
 }
 
 }  // namespace fdl

@@ -17,7 +17,6 @@ struct Avx512Bf16 {
   static constexpr int kPairsAtOnce = 1;
   static constexpr int kBurnSums = 24;
   static constexpr double kFlops = 4.0 * kLanes;
-  static constexpr bool kTiles = false;
 
   template <int>
   static inline void load(const uint32_t* from, Weights& weights) {

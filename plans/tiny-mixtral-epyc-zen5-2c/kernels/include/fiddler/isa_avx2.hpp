@@ -21,7 +21,6 @@ struct Avx2 {
   static constexpr int kPairsAtOnce = 4;
   static constexpr int kBurnSums = 12;
   static constexpr double kFlops = 2.0 * kLanes;
-  static constexpr bool kTiles = false;
 
   template <int kStep>
   static inline void load(const uint32_t* from, Weights& weights) {

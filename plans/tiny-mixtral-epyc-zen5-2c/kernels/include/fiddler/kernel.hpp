@@ -17,7 +17,6 @@
 //   void store_bf16(Element*, Vector)          if Element is bf16: the nearest ones, ties to even; denormals may be zero
 //   kFlops              floating-point operations of one multiply_add
 //   kBurnSums           independent sums that keep the multiply units busy
-//   kTiles              whether it multiplies tiles, by functions of its own
 // A Tile provides
 //   kTokens             most tokens of a register tile
 //   kLastTokens         of the last of several, where the others can be so few all the same; or 0
@@ -39,10 +38,10 @@ namespace {
 // Elements from a token's inputs to the next one's: of gate and up, and of down.
 template <class Isa>
 constexpr int64_t kInputStride =
-    row_bytes(fdl::kHidden, sizeof(typename Isa::Element), Isa::kTiles) / sizeof(typename Isa::Element);
+    row_bytes(fdl::kHidden, sizeof(typename Isa::Element)) / sizeof(typename Isa::Element);
 template <class Isa>
 constexpr int64_t kMiddleStride =
-    row_bytes(fdl::kIntermediate, sizeof(typename Isa::Element), Isa::kTiles) / sizeof(typename Isa::Element);
+    row_bytes(fdl::kIntermediate, sizeof(typename Isa::Element)) / sizeof(typename Isa::Element);
 
 // One depth block of one block of outputs.
 struct Block {
@@ -231,16 +230,14 @@ inline const uint32_t* next_block(const fdl::Task& task, int64_t block) {
   return block + 1 < task.blocks ? task.weights + (block + 1) * task.weight_stride : task.next;
 }
 
-// The activation of some tokens' sums.
+// The activation of some tokens' sums, to `out` for the first one, `stride` elements further for each other.
 template <class Isa>
-inline void activate_sums(const fdl::Task& task, const float* sums, int64_t first, int64_t tokens) {
-  using Element = typename Isa::Element;
+inline void activate_sums(const fdl::Task& task, const float* sums, int64_t tokens, typename Isa::Element* out, int64_t stride) {
   constexpr int kWidth = Isa::kLanes < fdl::kGateLanes ? Isa::kLanes : fdl::kGateLanes;
   // The last block fills the rows up with zeros.
   constexpr int64_t kLast = (fdl::kGateUpBlocks - 1) * fdl::kGateLanes;
   const int64_t end = task.intermediate_column == kLast ? row_inputs(fdl::kIntermediate) - kLast : fdl::kGateLanes;
-  auto* out = static_cast<Element*>(task.intermediate) + first * kMiddleStride<Isa> + task.intermediate_column;
-  for (int64_t m = 0; m < tokens; ++m, sums += fdl::kLanes, out += kMiddleStride<Isa>) {
+  for (int64_t m = 0; m < tokens; ++m, sums += fdl::kLanes, out += stride) {
     for (int column = 0; column < fdl::kGateLanes; column += kWidth)
       activate<Isa, kWidth>(sums + column, fdl::kBias ? task.bias + column : nullptr, out + column);
     // Infinite inputs make NaN of the padding's 0 * inf; an odd depth's partner must be zero whatever the inputs.
@@ -307,10 +304,12 @@ inline void run_block(const fdl::Task& task, const uint32_t* next) {
       }
       tile<Isa, Tile, kStride, kPlaces>(tokens, x, block, first ? sums : nullptr, sums);
       if (!last) continue;
-      if constexpr (kGateUp)
-        activate_sums<Isa>(task, sums, token, tokens);
-      else
+      if constexpr (kGateUp) {
+        auto* const out = static_cast<Element*>(task.intermediate) + token * kMiddleStride<Isa> + task.intermediate_column;
+        activate_sums<Isa>(task, sums, tokens, out, kMiddleStride<Isa>);
+      } else {
         store_sums<Isa>(task, sums, token, tokens);
+      }
     }
   }
 }

@@ -69,9 +69,9 @@ class MoeLayer {
   MoeLayer(const Variant& variant, Pool& pool)
       : variant_(variant),
         pool_(pool),
-        input_bytes_(row_bytes(kHidden, variant.element_bytes, variant.tiles)),
-        middle_bytes_(row_bytes(kIntermediate, variant.element_bytes, variant.tiles)),
-        unit_tokens_(variant.tiles ? kTileUnitTokens : kUnitTokens),
+        input_bytes_(row_bytes(kHidden, variant.element_bytes)),
+        middle_bytes_(row_bytes(kIntermediate, variant.element_bytes)),
+        unit_tokens_(variant.tiles_from ? kTileUnitTokens : kUnitTokens),
         filling_(pool), computing_{Stage(pool), Stage(pool)}, combining_(pool) {}
 
   // Throws std::bad_alloc.
@@ -114,8 +114,9 @@ class MoeLayer {
   static constexpr int64_t kAloneCost = 2 * 1024 * 1024;
   static constexpr int64_t kAloneOnTeam = kAloneCost / 8;
   static constexpr int64_t kRowCost = kPackedBytes / 32;
-  // The unit of tiles: a whole number of pairs of them.
-  static constexpr int64_t kTileUnitTokens = (kUnitTokens + 2 * kTileRows - 1) / (2 * kTileRows) * (2 * kTileRows);
+  // The unit of tiles: a whole number of passes.
+  static constexpr int64_t kPassTokens = kPassTiles * kTileRows;
+  static constexpr int64_t kTileUnitTokens = (kUnitTokens + kPassTokens - 1) / kPassTokens * kPassTokens;
   // Of a thread's sums for a block.
   static constexpr int64_t kSumRows = kTileUnitTokens;
   // Weights of one task, about: what a thread streams in some microseconds.
@@ -281,17 +282,27 @@ class MoeLayer {
   // Blocks of a task, if `each` leave enough tasks for all threads.
   int64_t group(const Unit& unit, int index, int64_t each) const {
     const int64_t inputs = unit.rows * (index == 0 ? kHidden : kIntermediate) * variant_.element_bytes;
-    if (!variant_.tiles || inputs < kResidentInputs) return kGroups[index];
+    if (!variant_.tiles_from || inputs < kResidentInputs) return kGroups[index];
     return std::max(kGroups[index], std::min(each / 2 * 2, kTileBlocks));
   }
 
-  int64_t thread_sums() const { return kSumRows * kLanes * (variant_.tiles ? kTileBlocks : 1); }
+  int64_t thread_sums() const { return kSumRows * kLanes * (variant_.tiles_from ? kTileBlocks : 1); }
+
+  bool in_lines(const Unit& unit) const { return variant_.tiles_from && unit.rows >= variant_.tiles_from; }
 
   // Copies the inputs of rows [first, last).
   void fill(const fdl_moe_call& call, int64_t first, int64_t last) const {
-    for (int64_t row = first; row < last; ++row)
-      fill_row(call.hidden + row_tokens_[row] * call.hidden_stride, kHidden, variant_.element_bytes,
-               inputs_ + row * input_bytes_);
+    const Unit* unit = std::upper_bound(units_, units_ + count_, first,
+                                        [](int64_t row, const Unit& unit) { return row < unit.first_row; }) - 1;
+    for (int64_t row = first; row < last; ++row) {
+      if (row == unit->first_row + unit->rows) ++unit;
+      const uint16_t* from = call.hidden + row_tokens_[row] * call.hidden_stride;
+      if (in_lines(*unit))
+        fill_lines(from, kHidden, unit->rows * kTileInputs * 2,
+                   inputs_ + unit->first_row * input_bytes_ + (row - unit->first_row) * kTileInputs * 2);
+      else
+        fill_row(from, kHidden, variant_.element_bytes, inputs_ + row * input_bytes_);
+    }
   }
 
   static const uint32_t* weights_of(const Unit& unit, Phase which, int64_t block) {
@@ -318,19 +329,16 @@ class MoeLayer {
       return run.first_block + (number - run.first_task) * run.group;
     };
     const Run& run = run_of(index, task);
-    const auto end_of = [&](const Run& run, int64_t number) { return std::min(first_of(run, number) + run.group, run.last_block); };
     const uint32_t* after = nullptr;
-    int64_t after_blocks = 0;
     if (following >= 0) {
       const Run& then = run_of(index, following);
       after = weights_of(*then.unit, which, first_of(then, following));
-      after_blocks = end_of(then, following) - first_of(then, following);
     }
-    compute_blocks(*run.unit, which, first_of(run, task), end_of(run, task), after, after_blocks, worker);
+    compute_blocks(*run.unit, which, first_of(run, task), std::min(first_of(run, task) + run.group, run.last_block), after,
+                   worker);
   }
 
-  void compute_blocks(const Unit& unit, Phase which, int64_t block, int64_t last, const uint32_t* next, int64_t next_blocks,
-                      int worker) const {
+  void compute_blocks(const Unit& unit, Phase which, int64_t block, int64_t last, const uint32_t* next, int worker) const {
     Task task{};
     task.phase = which;
     task.tokens = unit.rows;
@@ -339,7 +347,6 @@ class MoeLayer {
     task.weight_stride = which == Phase::gate_up ? kGateUpBlockLanes : kDownBlockLanes;
     if constexpr (kBias) task.bias = bias_of(unit, which, block);
     task.next = next;
-    task.next_blocks = next_blocks;
     task.sums = sums_ + worker * thread_sums();
     task.sums_stride = kSumRows * kLanes;
     char* middle = middle_ + unit.first_row * middle_bytes_;
@@ -351,7 +358,7 @@ class MoeLayer {
       task.columns = kIntermediate - block * kGateLanes;
     } else {
       task.pairs = kIntermediatePairs - unit.first_block * kGateLanes / 2;
-      task.activations = middle + unit.first_block * kGateLanes * variant_.element_bytes;
+      task.activations = middle + unit.first_block * kGateLanes * variant_.element_bytes * (in_lines(unit) ? unit.rows : 1);
       task.results = row_results_ + unit.first_row;
       task.scales = row_scales_ + unit.first_row;
       task.result_column = block * kLanes;

@@ -11,14 +11,16 @@ enum class Phase : int32_t {
   down,     // y = scale * (intermediate Wdown + b), for one block of 32 output columns
 };
 
-// A tile of tokens and inputs, for variants that multiply such, and the most blocks of outputs that they take in turns.
-constexpr int64_t kTileRows = 16, kTileInputs = 32, kTileBlocks = 8;
+// A tile of tokens and inputs, for variants that multiply such; the most tiles of tokens that one pass multiplies; and the
+// most blocks of outputs that passes take in turns.
+constexpr int64_t kTileRows = 16, kTileInputs = 32, kPassTiles = 3, kTileBlocks = 16;
 
 // Consecutive blocks of outputs for some of one expert's tokens.
 //
-// Activations are the variant's elements: bf16, or fp32 holding bf16 values for variants without a bf16 multiply. They lie
-// row by row, row_bytes() apart, with zeros up to a multiple of kTileInputs; up to kTileRows rows behind them may be read,
-// whatever they hold, and as many sums behind theirs written, up to a multiple of 2 * kTileRows.
+// Activations are the variant's elements: bf16, or fp32 holding bf16 values for variants without a bf16 multiply. Each token's
+// are filled up with zeros to a multiple of kTileInputs. They lie row by row, row_bytes() apart; or, for tiles, kTileInputs of
+// each token after another, 64 bytes, then the next kTileInputs. Up to kTileRows rows or lines behind them may be read,
+// whatever they hold, and as many sums behind theirs written.
 struct Task {
   Phase phase;
   int64_t tokens;
@@ -28,16 +30,15 @@ struct Task {
   int64_t weight_stride;      // lanes from one block to the next
   const float* bias;          // of the first block's 32 lanes, the others' behind; null where experts have none
   const uint32_t* next;       // the block that this thread works on after these, worth fetching; or null
-  int64_t next_blocks;        // so many from there on
-  const void* activations;    // gate_up: rows of kHidden inputs; down: of kIntermediate
+  const void* activations;    // gate_up: of kHidden inputs; down: of kIntermediate
   float* sums;                // scratch, [tokens][32]; of tiles for each of kTileBlocks blocks, sums_stride apart
   int64_t sums_stride;
   float* const* results;      // down: each token's row
   const float* scales;        // down: what each token's results are multiplied by
   int64_t result_column;      // where in the rows the first block's begin
   bool past_caches;           // down: results are written past the caches; their lines are whole and aligned
-  void* intermediate;         // gate_up: the result, rows as down reads them
-  int64_t intermediate_column;  // where in the rows the first block's begin
+  void* intermediate;         // gate_up: the result, as down reads it
+  int64_t intermediate_column;  // where among a token's the first block's begin
   int64_t columns;            // how many there are of outputs from the first block's on
 };
 
@@ -47,7 +48,7 @@ struct Variant {
   const char* symbol;
   bool (*usable)();                        // baseline code: asks the CPU, and the operating system for the registers
   int32_t element_bytes;                   // of an activation: 2 or 4
-  bool tiles;                              // multiplies tiles
+  int32_t tiles_from;                      // multiplies so many tokens and more as tiles; 0: none
   void (*run)(const Task&);
   double (*burn)(int64_t steps);           // keeps the multiply units busy; returns the floating-point operations done
   void (*read)(const void*, int64_t);      // reads so many bytes
@@ -60,11 +61,9 @@ namespace {  // internal linkage: this header is compiled for every instruction 
 // Elements of a row of activations, with the zeros behind it.
 constexpr int64_t row_inputs(int64_t inputs) { return (inputs + fdl::kTileInputs - 1) / fdl::kTileInputs * fdl::kTileInputs; }
 
-// From one row to the next: an odd number of cache lines, so that a register tile's rows never share a cache set. Of tiles
-// twice an odd number: chunks of 16 lines of 32 rows are in all sets alike, 8 lines each.
-constexpr int64_t row_bytes(int64_t inputs, int64_t element_bytes, bool tiles) {
-  const int64_t lines = row_inputs(inputs) * element_bytes / 64;
-  return (tiles ? lines + ((2 - lines) & 3) : lines | 1) * 64;
+// From one row to the next: an odd number of cache lines, so that a register tile's rows never share a cache set.
+constexpr int64_t row_bytes(int64_t inputs, int64_t element_bytes) {
+  return (row_inputs(inputs) * element_bytes / 64 | 1) * 64;
 }
 
 // Parts of something: as few as possible, none larger than `most` or more than one larger than another. Given `last`, the
