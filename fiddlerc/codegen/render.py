@@ -14,7 +14,7 @@ from fiddler_runtime.machine import KNOWN_ISAS
 
 from ..ir import Activation, Blocking, ExpertForm, KernelSources, KernelSpec, KernelVariant, Machine
 from .names import format_name, format_symbol
-from .selection import UNIT_TOKENS, last_tokens, select
+from .selection import TILE_UNIT_TOKENS, UNIT_TOKENS, last_tokens, select
 from .targets import TARGETS, Target, target_on
 
 _LARGEST = 1 << 20
@@ -80,6 +80,7 @@ def generate(
             activation=activation,
             bias=bias,
             unit_tokens=UNIT_TOKENS,
+            tile_unit_tokens=TILE_UNIT_TOKENS,
         ),
         "library.cpp": environment.get_template("library.cpp.j2").render(
             name=spec.name, variants=variants, description=_description(spec)

@@ -49,6 +49,7 @@ _PASS_SLOTS = 40.0  # entering a tile's loop and leaving it, beside moving its s
 # second-level cache gives some 40 bytes a cycle, not beside what comes from memory, since both go through the same
 # buffers; and moving a tile of sums to memory and back holds up the products for so long (Emerald Rapids).
 TILE_ROWS, TILE_INPUTS, _TILE_TOKENS, _TILE_VECTORS, _TILE_REGISTERS = 16, 32, 48, 2, 8
+TILE_UNIT_TOKENS = -(-UNIT_TOKENS // _TILE_TOKENS) * _TILE_TOKENS
 _L2_BYTES_PER_SLOT, _TILE_MOVE_SLOTS = 40.0, 23.0
 _L1_SHARE = 0.5  # of a first-level cache, for inputs or what is fetched
 _TYPICAL_L1, _TYPICAL_L2 = 32 << 10, 1 << 20  # where the machine does not tell
@@ -112,7 +113,7 @@ def select(target: Target, expert: ExpertForm, machine: Machine | None) -> Selec
             hint="fiddlerc doctor   (or correct machine.l2_bytes in hw.json)",
         )
     ranked = tuple(sorted(candidates, key=lambda candidate: candidate.rank))
-    return Selection(ranked, (*_explain(target, ranked, l1, l2), *dict.fromkeys(rejected)))
+    return Selection(ranked, (*_explain(target, ranked, l2), *dict.fromkeys(rejected)))
 
 
 def finalists(selection: Selection) -> tuple[tuple[str, Candidate], ...]:
@@ -153,8 +154,7 @@ def registers(target: Target, tokens: int, vectors: int) -> int:
 
 def working_set(target: Target, k_block: int) -> int:
     """Bytes that several tiles pass over again and again: a unit's inputs and sums, a block of weights and the next."""
-    passes = -(-UNIT_TOKENS // _TILE_TOKENS)
-    tokens = passes * _TILE_TOKENS if target.tiles_from else UNIT_TOKENS
+    tokens = TILE_UNIT_TOKENS if target.tiles_from else UNIT_TOKENS
     return tokens * (k_block * target.element_bytes + ROW_BYTES) + 2 * k_block // 2 * ROW_BYTES
 
 
@@ -224,7 +224,7 @@ def _tile_row_slots(blocking: Blocking, tokens: int) -> float:
     rows = tiles * -(-tokens // tiles)
     passes = -(-tiles * TILE_ROWS // blocking.tile_tokens)
     multiplies = rows * _TILE_VECTORS / (TILE_INPUTS / 2)
-    # Both operands of each pass come from the second-level cache. Sums are moved with every chunk.
+    # Both operands of several passes come from the second-level cache, the tokens of one too. Sums are moved with chunks.
     loads = (ROW_BYTES * passes + 4 * rows) / _L2_BYTES_PER_SLOT
     moved = _TILE_MOVE_SLOTS * tiles * _TILE_VECTORS / (blocking.k_block / 2)
     return max(multiplies, _MEMORY_SLOTS + loads) + moved
@@ -300,7 +300,7 @@ def _differs(a: Blocking, b: Blocking) -> set[str]:
     return {name for name in Blocking.__dataclass_fields__ if getattr(a, name) != getattr(b, name)}
 
 
-def _explain(target: Target, ranked: Sequence[Candidate], l1: int, l2: int) -> tuple[str, ...]:
+def _explain(target: Target, ranked: Sequence[Candidate], l2: int) -> tuple[str, ...]:
     best = ranked[0]
     chosen = best.blocking
     tokens, vectors = chosen.tile_tokens, chosen.tile_vectors

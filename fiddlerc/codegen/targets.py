@@ -43,7 +43,7 @@ ZEN5 = Core(places=1, fetch_level=1, rows_in_flight=31)
 class Target:
     """One instruction set's kernel.
 
-    header, policy  the C++ header below include/fiddler/ and the struct in it
+    header, policy  the C++ header below include/fiddler/, and the struct that it multiplies vectors with
     check           the function of cpu.hpp that asks whether it may run
     flags           the compiler flags of its file, and of no other
     element_bytes   of an activation: 2 (bf16) or 4 (fp32)
@@ -179,7 +179,7 @@ TARGETS: dict[str, Target] = {
     )
 }
 
-# With one and two tokens vectors are faster with small experts, tiles with large ones; from four on tiles with all.
+# Of one to three tokens vectors are faster with small experts, tiles with large ones; from four on tiles with all.
 # Half of the second-level cache is left to the sums of a task's blocks.
 TARGETS["amx_bf16"] = replace(
     TARGETS["avx512_bf16"],

@@ -47,7 +47,7 @@ namespace fdl {
 void compute(const Task& task) {
   for (int64_t block = 0; block < task.blocks; ++block) note(computed, task.weights + block * task.weight_stride);
 }
-const Variant kVariants[] = {{"noting", "", always, 2, false, compute, nullptr, nullptr}};
+const Variant kVariants[] = {{"noting", "", always, 2, 0, compute, nullptr, nullptr}};
 const int kVariantCount = 1;
 const char kDescription[] = "";
 

@@ -23,7 +23,7 @@ SHAPE = (80, 200)
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_nothing_is_found(sanitizer: str, tmp_path: Path) -> None:
     # Everything that experts may have; tiles emulated, whether or not this CPU has them.
-    shallow = {"amx_bf16": Blocking(48, 2, (), 128, 1, 4096)}  # several chunks of the depth
+    shallow = {"amx_bf16": Blocking(48, 2, (), 64, 1, 4096)}  # several chunks of either depth
     sources = emulated(generate(*SHAPE, activation="gptoss", bias=True, blockings=shallow))
     kernels = sources.write(tmp_path / "kernels")
     flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1"]

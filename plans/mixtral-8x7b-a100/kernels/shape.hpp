@@ -7,9 +7,9 @@ namespace fdl {
 
 constexpr int64_t kHidden = 4096;
 constexpr int64_t kIntermediate = 14336;
-// Most tokens of an expert that pass over its weights together, for tiles rounded up to whole pairs: their sums and a depth
-// block of their inputs stay in the second-level cache.
-constexpr int64_t kUnitTokens = 252;
+// Most tokens of an expert that pass over its weights together, as vectors or as tiles, of which these are whole passes: their
+// sums and a depth block of their inputs stay in the second-level cache.
+constexpr int64_t kUnitTokens = 252, kTileUnitTokens = 288;
 
 enum class Activation { silu, gptoss, gelu, gelu_tanh };
 constexpr Activation kActivation = Activation::silu;

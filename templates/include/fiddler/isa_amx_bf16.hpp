@@ -111,7 +111,7 @@ struct Finish {
   }
 };
 
-// M tiles of `rows` tokens each over some steps of a block.
+// Tiles of `rows` tokens each over some steps of a block.
 struct Pass {
   const uint16_t* x;  // the first step's lines
   int64_t x_step;     // elements to the next one's
@@ -120,80 +120,80 @@ struct Pass {
   int64_t steps;
   const uint32_t* rest;  // one more step, filled up with zeros; or null
   float* sums;
-  bool fresh;  // or added to
 };
 
-template <int M, class Steps>
-inline void multiply(const Pass& pass, Steps steps) {
-  if (pass.fresh)
-    zero_sums<M>();
-  else
-    load_sums<M>(pass.sums, pass.rows);
-  steps();
+template <int M, class Fetch>
+[[gnu::always_inline]] inline void multiply_step(const Pass& pass, int64_t step, Fetch fetch) {
+  multiply_step<M>(pass.x + step * pass.x_step, pass.rows * fdl::kTileInputs, pass.weights + step * kStepLanes, fetch);
+}
+
+template <int M>
+inline void multiply_rest(const Pass& pass) {
   if (pass.rest)
     multiply_step<M>(pass.x + pass.steps * pass.x_step, pass.rows * fdl::kTileInputs, pass.rest, [](int) {});
+}
+
+// The only pass over a block, from memory: its depth is read at several places in turn, steps that these do not part equally
+// at the end. One step further at each, and then of `next`, is fetched into the first-level cache.
+template <int M, int kPlaces, class Isa>
+inline void multiply_once(const Pass& pass, const uint32_t* next, Finish<Isa>& finish) {
+  constexpr int64_t kPart = kStepLanes / kPlaces, kLines = kStepLines / (4 * kPlaces);
+  static_assert(kLines * 4 * kPlaces == kStepLines);
+  const int64_t apart = pass.steps / kPlaces, parted = apart * kPlaces;
+  zero_sums<M>();
+  for (int64_t turn = 0; turn < pass.steps; ++turn) {
+    const int64_t soon = turn + kPlaces;
+    const bool of_parts = soon < parted || soon >= pass.steps;
+    const uint32_t* at = soon < parted        ? pass.weights + soon / kPlaces * kStepLanes + soon % kPlaces * kPart
+                         : soon < pass.steps ? pass.weights + soon * kStepLanes
+                         : next              ? next + (soon - pass.steps) * kPart
+                                             : pass.weights;
+    const int64_t distance = of_parts ? apart * kStepLanes : kPart;
+    multiply_step<M>(pass, turn < parted ? turn % kPlaces * apart + turn / kPlaces : turn, [&](int) {
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < kLines; ++line) {
+#pragma GCC unroll 4
+        for (int64_t place = 0; place < kPlaces; ++place) __builtin_prefetch(at + place * distance + line * 16, 0, 3);
+      }
+      at += kLines * 16;
+    });
+    finish.some(finish.each);
+  }
+  multiply_rest<M>(pass);
   keep_sums<M>(pass.sums, pass.rows);
 }
 
-// The only pass over a block, from memory: its depth is read at several places in turn, fetched one step ahead at each into
-// the first-level cache, and `next` after it.
-template <int M, int kPlaces, class Isa>
-inline void multiply_once(const Pass& pass, const uint32_t* next, Finish<Isa>& finish) {
-  static_assert(kStepLines % (4 * kPlaces) == 0);
-  constexpr int64_t kLines = kStepLines / (4 * kPlaces);
-  const int64_t rounds = (pass.steps + kPlaces - 1) / kPlaces;
-  const uint32_t* ahead = pass.weights + kStepLanes;
-  multiply<M>(pass, [&] {
-    for (int64_t round = 0; round < rounds; ++round) {
-      if (round + 1 == rounds) ahead = next ? next : pass.weights;
-      for (int64_t step = round; step < pass.steps; step += rounds) {
-        multiply_step<M>(pass.x + step * pass.x_step, pass.rows * fdl::kTileInputs, pass.weights + step * kStepLanes, [&](int) {
-#pragma GCC unroll 8
-          for (int64_t line = 0; line < kLines; ++line) {
-#pragma GCC unroll 4
-            for (int64_t place = 0; place < kPlaces; ++place)
-              __builtin_prefetch(ahead + place * rounds * kStepLanes + line * 16, 0, 3);
-          }
-          ahead += kLines * 16;
-        });
-        finish.some(finish.each);
-      }
-    }
-  });
-}
-
-// What one of several passes fetches from memory: so many cache lines a step, of several places in turn, from `line` on.
+// What one of several passes fetches from memory: cache lines of several places in turn, from `line` on so many a step.
 struct Later {
   const uint32_t* weights;
   int64_t line, lines;
 };
 
-// One of several passes over a block, which is in the second-level cache.
+// One of several passes over a block, which is in the second-level cache. Added to the sums unless they are `fresh`.
 template <int M, int kPlaces, class Isa>
-inline void multiply_again(const Pass& pass, Later later, Finish<Isa>& finish) {
+inline void multiply_again(const Pass& pass, bool fresh, Later later, Finish<Isa>& finish) {
   const int64_t apart = pass.steps * kStepLanes / kPlaces;
-  multiply<M>(pass, [&] {
-    for (int64_t step = 0; step < pass.steps; ++step) {
-      multiply_step<M>(pass.x + step * pass.x_step, pass.rows * fdl::kTileInputs, pass.weights + step * kStepLanes, [&](int part) {
-        for (const int64_t end = later.line + (later.lines + part) / 4; later.line < end; ++later.line)
-          __builtin_prefetch(later.weights + later.line % kPlaces * apart + later.line / kPlaces * 16, 0, 2);
-      });
-      finish.some(finish.each);
-    }
-  });
+  if (fresh)
+    zero_sums<M>();
+  else
+    load_sums<M>(pass.sums, pass.rows);
+  for (int64_t step = 0; step < pass.steps; ++step) {
+    multiply_step<M>(pass, step, [&](int part) {
+      for (const int64_t end = later.line + (later.lines + part) / 4; later.line < end; ++later.line)
+        __builtin_prefetch(later.weights + later.line % kPlaces * apart + later.line / kPlaces * 16, 0, 2);
+    });
+    finish.some(finish.each);
+  }
+  multiply_rest<M>(pass);
+  keep_sums<M>(pass.sums, pass.rows);
 }
-
-template <int N>
-struct Tiles {
-  static constexpr int kCount = N;
-};
 
 // At most kTileBlocks blocks; `next` is read after them.
 //
 // Up to kPassTiles tiles of tokens take one pass over each block. More take several, and the depth is cut in chunks: a unit's
 // activations of one, the sums of all blocks, a block's weights and the next one's are in the second-level cache then, and
 // the passes fetch that next one as evenly as they can. All tiles have as many rows: those that the last one has too many are
-// whatever lies behind the unit's activations, and nobody reads their sums.
+// whatever lies behind the unit's last token, and nobody reads their sums.
 template <class Isa, class Tile>
 inline void run_blocks(const fdl::Task& task, int64_t blocks, const uint32_t* next, int64_t tiles, int64_t rows) {
   static_assert(Tile::kDepthPairs % kStepPairs == 0);
@@ -202,14 +202,12 @@ inline void run_blocks(const fdl::Task& task, int64_t blocks, const uint32_t* ne
   const Parts chunks(all, passes.count == 1 ? all : Tile::kDepthPairs / kStepPairs);
   alignas(64) uint32_t rest[kStepLanes];
   Finish<Isa> finish{};
-  int64_t turn = 0;
   for (int64_t c = 0; c < chunks.count; ++c) {
     const bool last = c + 1 == chunks.count;
     Pass pass{};
     pass.x_step = task.tokens * fdl::kTileInputs;
     pass.rows = rows;
     pass.steps = chunks.size(c) - (last && over);
-    pass.fresh = c == 0;
     for (int64_t b = 0; b < blocks; ++b) {
       const fdl::Task part = from_block(task, b);
       pass.weights = part.weights + chunks.first(c) * kStepLanes;
@@ -226,16 +224,18 @@ inline void run_blocks(const fdl::Task& task, int64_t blocks, const uint32_t* ne
         const int64_t end = token + size * rows < task.tokens ? token + size * rows : task.tokens;
         pass.x = static_cast<const uint16_t*>(task.activations) + chunks.first(c) * pass.x_step + token * fdl::kTileInputs;
         // Sums of the only chunk are finished beside the next pass: two passes' are enough.
-        pass.sums = task.sums + (chunks.count == 1 ? turn++ % 2 * kPassSums : b * task.sums_stride + token * fdl::kLanes);
-        const int64_t lines = then ? (kStepLines + passes.count - 1) / passes.count : 0;
-        const Later later{then, p * lines * pass.steps, p * lines < kStepLines ? lines : 0};
-        const auto multiply_tiles = [&](auto tiles) {
-          if (passes.count == 1)
-            multiply_once<decltype(tiles)::kCount, Tile::kPlaces>(pass, then, finish);
-          else
-            multiply_again<decltype(tiles)::kCount, Tile::kPlaces>(pass, later, finish);
-        };
-        size == 3 ? multiply_tiles(Tiles<3>{}) : size == 2 ? multiply_tiles(Tiles<2>{}) : multiply_tiles(Tiles<1>{});
+        pass.sums = task.sums + (chunks.count == 1 ? (b * passes.count + p) % 2 * kPassSums
+                                                   : b * task.sums_stride + token * fdl::kLanes);
+        if (passes.count > 1) {  // of two tiles or three
+          const int64_t first = kStepLines * p / passes.count, lines = kStepLines * (p + 1) / passes.count - first;
+          const Later later{then, first * pass.steps, then ? lines : 0};
+          size == 3 ? multiply_again<3, Tile::kPlaces>(pass, c == 0, later, finish)
+                    : multiply_again<2, Tile::kPlaces>(pass, c == 0, later, finish);
+        } else {
+          size == 3   ? multiply_once<3, Tile::kPlaces>(pass, then, finish)
+          : size == 2 ? multiply_once<2, Tile::kPlaces>(pass, then, finish)
+                      : multiply_once<1, Tile::kPlaces>(pass, then, finish);
+        }
         finish.some(task.tokens);
         if (last) finish = {part, pass.sums, token, end, 1 + 2 * (end - token) / (pass.steps + 1)};
       }

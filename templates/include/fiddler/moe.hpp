@@ -114,11 +114,6 @@ class MoeLayer {
   static constexpr int64_t kAloneCost = 2 * 1024 * 1024;
   static constexpr int64_t kAloneOnTeam = kAloneCost / 8;
   static constexpr int64_t kRowCost = kPackedBytes / 32;
-  // The unit of tiles: a whole number of passes.
-  static constexpr int64_t kPassTokens = kPassTiles * kTileRows;
-  static constexpr int64_t kTileUnitTokens = (kUnitTokens + kPassTokens - 1) / kPassTokens * kPassTokens;
-  // Of a thread's sums for a block.
-  static constexpr int64_t kSumRows = kTileUnitTokens;
   // Weights of one task, about: what a thread streams in some microseconds.
   static constexpr int64_t kTaskBytes = 96 * 1024;
   // Results of so many bytes push weights and inputs out of the second-level caches. They are written past them, unless many
@@ -214,8 +209,8 @@ class MoeLayer {
       row_results_ = carver.take<float*>(rows_);
       row_scales_ = carver.take<float>(rows_);
       further_ = carver.take<Further>(call.tokens);
-      inputs_ = carver.take<char>((rows_ + kTileRows) * input_bytes_);
-      middle_ = carver.take<char>((rows_ + kTileRows) * middle_bytes_);
+      inputs_ = carver.take<char>(rows_ * input_bytes_ + kTileRows * kTileInputs * 2);
+      middle_ = carver.take<char>(rows_ * middle_bytes_ + kTileRows * kTileInputs * 2);
       results_ = carver.take<float>((rows_ - first_rows_) * kResultStride);
       sums_ = carver.take<float>(pool_.threads() * thread_sums());
       return carver.used();
@@ -286,7 +281,7 @@ class MoeLayer {
     return std::max(kGroups[index], std::min(each / 2 * 2, kTileBlocks));
   }
 
-  int64_t thread_sums() const { return kSumRows * kLanes * (variant_.tiles_from ? kTileBlocks : 1); }
+  int64_t thread_sums() const { return kTileUnitTokens * kLanes * (variant_.tiles_from ? kTileBlocks : 1); }
 
   bool in_lines(const Unit& unit) const { return variant_.tiles_from && unit.rows >= variant_.tiles_from; }
 
@@ -348,7 +343,7 @@ class MoeLayer {
     if constexpr (kBias) task.bias = bias_of(unit, which, block);
     task.next = next;
     task.sums = sums_ + worker * thread_sums();
-    task.sums_stride = kSumRows * kLanes;
+    task.sums_stride = kTileUnitTokens * kLanes;
     char* middle = middle_ + unit.first_row * middle_bytes_;
     if (which == Phase::gate_up) {
       task.pairs = kHiddenPairs;
@@ -382,7 +377,7 @@ class MoeLayer {
 
   const Variant& variant_;
   Pool& pool_;
-  const int64_t input_bytes_, middle_bytes_;  // from a row to the next
+  const int64_t input_bytes_, middle_bytes_;  // of a row, to the next one where rows lie behind each other
   const int64_t unit_tokens_;
   Workspace small_, large_;
 

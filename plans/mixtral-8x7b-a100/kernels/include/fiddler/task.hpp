@@ -19,8 +19,8 @@ constexpr int64_t kTileRows = 16, kTileInputs = 32, kPassTiles = 3, kTileBlocks 
 //
 // Activations are the variant's elements: bf16, or fp32 holding bf16 values for variants without a bf16 multiply. Each token's
 // are filled up with zeros to a multiple of kTileInputs. They lie row by row, row_bytes() apart; or, for tiles, kTileInputs of
-// each token after another, 64 bytes, then the next kTileInputs. Up to kTileRows rows or lines behind them may be read,
-// whatever they hold, and as many sums behind theirs written.
+// each token after another, 64 bytes, then the next kTileInputs. Up to kTileRows such lines behind them may be read,
+// whatever they hold, and as many rows of sums behind theirs written.
 struct Task {
   Phase phase;
   int64_t tokens;
