@@ -224,7 +224,7 @@ def _tile_row_slots(blocking: Blocking, tokens: int) -> float:
     rows = tiles * -(-tokens // tiles)
     passes = -(-tiles * TILE_ROWS // blocking.tile_tokens)
     multiplies = rows * _TILE_VECTORS / (TILE_INPUTS / 2)
-    # Both operands of several passes come from the second-level cache, the tokens of one too. Sums are moved with chunks.
+    # Both operands of several passes come from the second-level cache, of one the tokens. Sums are moved with chunks.
     loads = (ROW_BYTES * passes + 4 * rows) / _L2_BYTES_PER_SLOT
     moved = _TILE_MOVE_SLOTS * tiles * _TILE_VECTORS / (blocking.k_block / 2)
     return max(multiplies, _MEMORY_SLOTS + loads) + moved
