@@ -149,7 +149,7 @@ def test_cut_for_a_cpu_with_amx_one_pass_reads_four_places(shape: tuple[int, int
 
 @pytest.mark.parametrize("tokens", [287, 288, 289, 576])
 def test_tiles_in_large_tasks_and_full_units(tokens: int) -> None:
-    """Inputs of more than 1.25 MiB a unit, three chunks of the depth: a task takes more blocks, if it leaves enough tasks."""
+    """Inputs of more than 1.25 MiB a unit, three chunks of the depth: a task takes more blocks, if enough are left."""
     shape = (2570, 512)
     generator = torch.Generator().manual_seed(17)
     expert = random_expert(shape, generator)
