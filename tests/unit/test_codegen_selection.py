@@ -145,7 +145,8 @@ def test_what_was_chosen_is_what_is_generated() -> None:
     for line in ("kTokens = 13;", "kDepthPairs = 128;", "kFetchTokens = 4;", "kFetchBytes = 4096;"):
         assert line in text
     assert "kFetchLevel = 2;" in text
-    assert f"kUnitTokens = {selection.UNIT_TOKENS};" in sources.files["shape.hpp"]
+    units = f"kUnitTokens = {selection.UNIT_TOKENS}, kTileUnitTokens = {selection.TILE_UNIT_TOKENS};"
+    assert units in sources.files["shape.hpp"]
 
 
 def test_caches_that_nobody_told_of_are_taken_as_typical() -> None:
