@@ -13,7 +13,7 @@ struct Tile {
   static constexpr int64_t kFetchTokens = 1;
   static constexpr int64_t kFetchBytes = 4096;
   static constexpr int kFetchLevel = 1;
-  static constexpr int kTilesFrom = 3;
+  static constexpr int kTilesFrom = 4;
   // Vectors of outputs beside each other, by tokens: wide where few tokens leave registers free.
   static constexpr int vectors([[maybe_unused]] int tokens) {
     return 2;

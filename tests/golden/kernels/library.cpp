@@ -22,7 +22,7 @@ void fdl_bf16_moe_h4096_i14336_m2n4__scalar_read(const void*, int64_t);
 namespace fdl {
 
 const Variant kVariants[] = {
-    {"amx_bf16", "fdl_bf16_moe_h4096_i14336_m48n2__amxbf16", has_amx_bf16, 2, 3,
+    {"amx_bf16", "fdl_bf16_moe_h4096_i14336_m48n2__amxbf16", has_amx_bf16, 2, 4,
      fdl_bf16_moe_h4096_i14336_m48n2__amxbf16,
      fdl_bf16_moe_h4096_i14336_m48n2__amxbf16_burn,
      fdl_bf16_moe_h4096_i14336_m48n2__amxbf16_read},
