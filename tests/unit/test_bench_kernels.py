@@ -12,12 +12,15 @@ import pytest
 import torch
 from bench.kernels import check, command, shapes, table
 from bench.kernels.__main__ import arguments
-from bench.kernels.contender import Contender, open_library, random_weights
+from bench.kernels.both import LOOPS, Both
+from bench.kernels.contender import Contender, Ours, build_library, open_library, random_weights
 from bench.kernels.measure import Peaks
 from bench.kernels.statistics import Sample, Work, least_seconds, paired, spread, steady
 from bench.peers.registry import PEERS, load_peer
 
 from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.machine import KNOWN_ISAS, missing_flags
+from fiddlerc.codegen.targets import TARGETS
 
 QWEN = shapes.load_shape("qwen3")
 
@@ -100,7 +103,7 @@ def test_who_uses_more_cpus_than_threads_is_left_out(
     monkeypatch.setattr(
         command, "time", SimpleNamespace(sleep=id, perf_counter=itertools.count().__next__, process_time=clock.__next__)
     )
-    fair, greedy = (cast(Contender, SimpleNamespace(name=name)) for name in ("fair", "greedy"))
+    fair, greedy = (cast(Contender, SimpleNamespace(name=name, computes=True)) for name in ("fair", "greedy"))
     task = command._Task(call=None, work=[], first=[], errors=lambda _: [0.0])
     assert command._check([fair, greedy], task, tokens=4, threads=1) == {"fair": 0.0}
     assert "4 tokens without greedy: it used 2.0 CPUs, for 1 threads" in capsys.readouterr().err
@@ -208,3 +211,33 @@ def test_wrong_arguments_end_in_a_usage_message(wrong: list[str], capsys: pytest
     with pytest.raises(SystemExit):
         arguments().parse_args(wrong)
     assert f"argument {wrong[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", [isa for isa in KNOWN_ISAS if not TARGETS[isa].tiles_from])
+def test_a_loop_of_reads_and_multiplies_stands_in_the_kernels_place(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if missing := missing_flags(isa):
+        pytest.skip(f"{isa} needs CPU flags that are missing here: {' '.join(missing)}")
+    monkeypatch.setattr("bench.kernels.both.LOOPS", dict(list(LOOPS.items())[::4]))
+    shape = shapes.load_shape("128x72")
+    weights = random_weights(shape, 3, torch.Generator().manual_seed(0))
+    ours = Ours(build_library(shape), isa)
+    both = Both(ours, shape, isa)
+    task = command._Task(call=None, work=[], first=[], errors=lambda contender: [float("nan")])
+    with torch.inference_mode():
+        for contender in (ours, both):
+            contender.prepare(weights, shape, layer=False)
+            contender.set_threads(2)
+        for tokens in (1, 5, 17, 40):
+            assert both.expert(1, torch.ones(tokens, 128, dtype=torch.bfloat16)).shape == (tokens, 128)
+            ids, gates = torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
+            assert both.layer(torch.ones(tokens, 128, dtype=torch.bfloat16), ids, gates).shape == (tokens, 128)
+            assert command._check([both], task, tokens, threads=2) == {"both": 0.0}
+    assert len(both._loops) == 2 and both.regions(1)[0].data_ptr() == ours.regions(1)[0].data_ptr()
+    ours.close()
+    both.close()
+
+
+def test_no_loop_stands_for_tiles() -> None:
+    with pytest.raises(FiddlerError, match="no loop for tiles: found amx_bf16, expected vectors"):
+        Both(cast(Ours, None), QWEN, "amx_bf16")

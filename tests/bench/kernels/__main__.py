@@ -69,6 +69,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--library", type=Path, help="measure this built library (file or folder), not this checkout's")
     parser.add_argument("--against", type=Path, help="and this one beside it")
     parser.add_argument(
+        "--both", action="store_true", help="and a loop that only reads and multiplies: what a core can do at once"
+    )
+    parser.add_argument(
         "--build", type=Path, metavar="FOLDER", help="only build this checkout's libraries into a folder"
     )
     parser.add_argument("--rounds", type=int, default=15, help="undisturbed rounds of each row; default: 15")

@@ -22,6 +22,7 @@ from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import Machine, this_machine
 
 from . import check, plot, pool, table
+from .both import Both
 from .contender import Contender, Ours, Weights, build_library, open_library, random_weights
 from .limits import Limits
 from .measure import Peaks, Race, regions
@@ -97,6 +98,8 @@ def _measure_shape(
     contenders: list[Contender] = [ours]
     if args.against:
         contenders.append(Ours(open_library(args.against, shape), args.isa, "against"))
+    if args.both:
+        contenders.append(Both(ours, shape, args.isa or machine.isa[0]))
     contenders += [peer for peer in peers if (peer.has_layer if args.layer else peer.has_expert)]
     generator = torch.Generator().manual_seed(_SEED)
     weights = _prepare(args, shape, machine, contenders, generator)
@@ -246,9 +249,14 @@ class _Layer:
 
 
 def _check(contenders: Sequence[Contender], task: _Task, tokens: int, threads: int) -> dict[str, float]:
-    """The error of each contender that can do this task on so many threads; the others are named with the reason."""
+    """The error of each contender that can do this task on so many threads; the others are named with the reason.
+
+    Of one that computes nothing none."""
     errors = {}
     for contender in contenders:
+        if not contender.computes:
+            errors[contender.name] = 0.0
+            continue
         time.sleep(_SETTLE_SECONDS)
         wall, own = time.perf_counter(), time.process_time()
         try:

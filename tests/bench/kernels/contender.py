@@ -62,6 +62,7 @@ class Contender:
 
     name      in tables and on the command line
     packs     whether `prepare` makes a copy of the weights in a layout of its own
+    computes  whether results are to be checked
     expert    y = down(silu(gate x) * up x) of one expert: bf16 x [m, H] to y [m, H]
     layer     sum over k of topk_weights[t, k] * expert(ids[t, k])(x[t]): ids int64 [m, k], topk_weights fp32 [m, k]
     regions   the memory of one expert's weights as a call reads it
@@ -72,6 +73,7 @@ class Contender:
     packs: ClassVar[bool] = True
     has_expert: ClassVar[bool] = True
     has_layer: ClassVar[bool] = True
+    computes: ClassVar[bool] = True
 
     def prepare(self, weights: Weights, shape: Shape, layer: bool) -> None:
         """Once for each set of weights, for calls of `layer` or else of `expert`."""
@@ -124,6 +126,11 @@ class Ours(Contender):
             for e in range(weights.count):
                 gate, up = weights.gate_up[e, :intermediate], weights.gate_up[e, intermediate:]
                 kernels.pack(gate, up, weights.down[e], self._packed[e])
+        self.share_packed(self)
+
+    def share_packed(self, other: Ours) -> None:
+        """Reads the weights that the other one has packed."""
+        self._packed = other._packed
         addresses = [row.data_ptr() for row in self._packed]
         self._pointers = make_pointers(addresses)
         self._one = [make_pointers([address]) for address in addresses]
