@@ -1,4 +1,4 @@
-"""Names of kernels: fdl_bf16_moe_h4096_i14336 is a library, fdl_bf16_moe_h4096_i14336_m6n4__avx512bf16 a variant of it.
+"""Names of kernels: fdl_bf16_moe_h4096_i14336 is a library, fdl_bf16_moe_h4096_i14336_m14n2__avx512bf16 a variant of it.
 
 An activation other than SwiGLU and biases follow the shape: fdl_bf16_moe_h2880_i2880_gptoss_bias. The same name is the
 symbol, the file, and what plans, benchmarks and golden files call the kernel.

@@ -61,7 +61,7 @@ SIZE = Feature("n", lambda work: work.size)
 READ = Feature("bytes/bandwidth", lambda work: work.read_us)
 COMPUTE = Feature("flops/peak", lambda work: work.compute_us)
 ROOFLINE = Feature("max(bytes/bandwidth, flops/peak)", lambda work: work.roofline_us)
-# Tokens per register tile in our kernels lie between 4 and 8 (docs/kernels.md); regression picks the ones that show.
+# Steps of so many tokens, as register tiles make them; regression picks the ones that show.
 TILES = tuple(_passes(tile) for tile in (4, 6, 8))
 KNOTS = tuple(_after(knot) for knot in (2, 4, 8, 16, 32, 64, 128, 256))
 

@@ -1,4 +1,4 @@
-"""Calibration + model -> latency curves on a grid of token counts: docs/design.md, latency models."""
+"""Calibration + model -> latency curves on a grid of token counts: docs/calibration.md, Latency models."""
 
 from __future__ import annotations
 

@@ -387,8 +387,8 @@ class Tables:
     scalars_us      float32 [3]     CPU lane entry c0, accelerator lane entry g0, copy of one expert w
     contention      float32 [1]     gamma, relative slow-down of the CPU lane while copies run
     decode_streams  int32 [top_k + 1]  for a one-token step with that many misses: how many of them to stream whole
-    prefetch        int16 [layers, experts, 2]  for a token that chose an expert: the experts off the accelerator that
-                    it most likely chooses in the next layer (after the last: in the first, of the next token); or -1
+    prefetch        int16 [layers, experts, 2]  for a token whose first choice was an expert: the experts off the
+                    accelerator that it most likely chooses in the next layer (after the last: in the first, of the next token); or -1
     resident        uint8 [layers, experts]  1 where the expert lives on the accelerator
     popularity      float32 [layers, experts]  share of the layer's choices; rows sum to 1
     """

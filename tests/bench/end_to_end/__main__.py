@@ -12,7 +12,6 @@ again, and it goes on where it was. Results: results.json, results.md, results.s
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -23,10 +22,6 @@ from .strategies import NAMES
 
 
 def main(arguments: list[str] | None = None) -> int:
-    # As the fiddlerc command does, before torch's threads are there: docs/kernels.md, threads.
-    if arguments is None and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-        os.environ["GOMP_SPINCOUNT"] = "10000"
-        os.execv(sys.executable, [sys.executable, "-m", "tests.bench.end_to_end", *sys.argv[1:]])
     args = _parser().parse_args(arguments)
     from .command import run
 

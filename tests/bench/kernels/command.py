@@ -249,14 +249,9 @@ class _Layer:
 
 
 def _check(contenders: Sequence[Contender], task: _Task, tokens: int, threads: int) -> dict[str, float]:
-    """The error of each contender that can do this task on so many threads; the others are named with the reason.
-
-    Of one that computes nothing none."""
+    """The error of each contender that can do this task on so many threads; the others are named with the reason."""
     errors = {}
     for contender in contenders:
-        if not contender.computes:
-            errors[contender.name] = 0.0
-            continue
         time.sleep(_SETTLE_SECONDS)
         wall, own = time.perf_counter(), time.process_time()
         try:
@@ -268,7 +263,7 @@ def _check(contenders: Sequence[Contender], task: _Task, tokens: int, threads: i
         if cpus > threads + 0.5:  # as zentorch's layer does unless OMP_NUM_THREADS is that
             _say(f"{tokens} tokens without {contender.name}: it used {cpus:.1f} CPUs, for {threads} threads")
             continue
-        errors[contender.name] = check.require(contender.name, tokens, found)
+        errors[contender.name] = check.require(contender.name, tokens, found) if contender.computes else 0.0
     return errors
 
 
