@@ -114,7 +114,7 @@ def parse_cache(text: str) -> bool | Path:
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan directory.")]
 ModelDir = Annotated[Path, typer.Option("--model", metavar="DIR", help="The model's Hugging Face directory.")]
-Device = Annotated[DeviceOption, typer.Option(help="Where strategies (a) and (b) run; auto: what the plan was compiled for.")]
+Device = Annotated[DeviceOption, typer.Option(help="Where strategies (a) and (b) run; auto: what the plan is for.")]
 Isa = Annotated[str | None, typer.Option(metavar="NAME", help="Run this kernel variant rather than the best.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU lane.")]
 TrustBinaries = Annotated[

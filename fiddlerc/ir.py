@@ -199,8 +199,6 @@ class Steps:
     counts    int32 [steps, layers, experts]  how many tokens of the step chose each expert
     tokens    int32 [steps]     computed by the step, of all sequences together
     kv        int32 [steps]     cached tokens that the step attends to, summed over its sequences
-    sequence  int32 [steps]     steps of one sequence follow each other in time
-    top_ids   int16 [steps, layers]  the expert that most tokens of the step chose; for one token, its first choice
     heldout   bool [steps]      not to be fitted to: what a choice is judged by
     """
 
@@ -208,8 +206,6 @@ class Steps:
     counts: npt.NDArray[np.int32]
     tokens: npt.NDArray[np.int32]
     kv: npt.NDArray[np.int32]
-    sequence: npt.NDArray[np.int32]
-    top_ids: npt.NDArray[np.int16]
     heldout: npt.NDArray[np.bool_]
 
 

@@ -25,6 +25,7 @@ from fiddler_runtime.errors import FiddlerError, FiddlerWarning
 from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import available_bytes, refused, this_machine
 from fiddler_runtime.plan import HardwareSummary, Header, Plan
+from fiddler_runtime.progress import Progress
 from fiddler_runtime.text import format_bytes
 
 from . import __version__, codegen, export, frontend, hardware, latency, placement, report, simulate
@@ -50,8 +51,6 @@ from .ir import (
     Trace,
     Tuning,
 )
-
-Progress = Callable[[str, int, int], None]
 
 DEFAULT_CONTEXT = 4096
 BEAM_BATCH = 4

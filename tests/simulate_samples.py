@@ -21,8 +21,6 @@ def steps_of(counts: npt.ArrayLike, scenario: Scenario = "decode", kv: int = 0, 
         counts=array,
         tokens=np.maximum(1, array[:, 0].sum(axis=1) // top_k).astype(np.int32),
         kv=np.full(number, kv, np.int32),
-        sequence=np.zeros(number, np.int32),
-        top_ids=array.argmax(axis=2).astype(np.int16),
         heldout=np.zeros(number, np.bool_),
     )
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from fiddler_runtime.machine import KNOWN_ISAS
 
 from ..ir import ExpertForm, Machine
-from .names import format_name, format_symbol, parse_name, parse_symbol
+from .names import format_name
 from .render import generate
 from .selection import Candidate, finalists, select
 from .targets import target_on
 
-__all__ = ["KNOWN_ISAS", "candidates", "format_name", "format_symbol", "generate", "parse_name", "parse_symbol"]
+__all__ = ["KNOWN_ISAS", "candidates", "format_name", "generate"]
 
 
 def candidates(isa: str, expert: ExpertForm, machine: Machine) -> tuple[tuple[str, Candidate], ...]:

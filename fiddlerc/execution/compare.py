@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,11 @@ from fiddler_runtime.checkpoint import Checkpoint
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import Machine, this_machine
 from fiddler_runtime.preflight import Need, Preflight
+from fiddler_runtime.progress import Progress
+from fiddler_runtime.strategies import DeviceChoice
 
 from .clock import StepClock
-from .loading import DeviceChoice, OnPreflight, Progress, load_model, load_tokenizer, read_text
+from .loading import OnPreflight, load_model, load_tokenizer, read_text
 
 SCENARIOS = ("decode", "prefill", "beam")
 OUR_TEXT = Path(__file__).with_name("text.txt")
@@ -81,7 +81,9 @@ def bench(
     Both get this machine's usable cores: ours through its lanes, transformers through torch's threads; the other model
     is idle meanwhile. Raises FiddlerError if the text is too short for the prompts asked for.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
+
+    from fiddler_runtime import hf
 
     for name in request.scenarios:
         if name not in SCENARIOS:
@@ -123,8 +125,8 @@ def bench(
         on_preflight=check,
     )
     try:
-        with _quiet_transformers():
-            theirs = AutoModelForCausalLM.from_pretrained(
+        with hf.silenced(transformers):
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(
                 request.model_dir, dtype=ours.dtype, local_files_only=True
             ).eval()
         results = []
@@ -194,17 +196,3 @@ def timed(model: Any, inputs: Any, new_tokens: int, beams: int) -> StepClock:
             logits_processor=[clock],
         )
     return clock
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' loading bar out of our output."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()

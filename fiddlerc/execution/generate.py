@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.progress import Progress
+from fiddler_runtime.strategies import DeviceChoice
 
 from .clock import StepClock, Timing
-from .loading import DeviceChoice, OnPreflight, Progress, load_model, load_tokenizer
+from .loading import OnPreflight, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import fiddler_runtime
 from fiddler_runtime import checkpoint
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.plan import Plan
 from fiddler_runtime.preflight import Preflight
+from fiddler_runtime.progress import Progress
+from fiddler_runtime.strategies import DeviceChoice
 
-Progress = Callable[[str, int, int], None]
 OnPreflight = Callable[[Preflight], None]
-DeviceChoice = Literal["auto", "cuda", "simulated", "none"]
 
 
 def check_model(plan: Plan, model_dir: Path) -> None:

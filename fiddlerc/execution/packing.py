@@ -11,8 +11,9 @@ from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.loading import open_library
 from fiddler_runtime.packed_cache import PackedCache
 from fiddler_runtime.preflight import survey_packing
+from fiddler_runtime.progress import Progress
 
-from .loading import OnPreflight, Progress
+from .loading import OnPreflight
 
 
 @dataclass(frozen=True)

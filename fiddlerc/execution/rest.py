@@ -13,10 +13,10 @@ from typing import Any
 
 from fiddler_runtime import drift
 from fiddler_runtime.plan import Plan
+from fiddler_runtime.progress import Progress
 
 from ..ir import StepSample
 from .compare import timed
-from .loading import Progress
 
 DECODED = 24
 """New tokens of a generation whose steps are timed one by one."""

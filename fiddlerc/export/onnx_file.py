@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -18,11 +18,11 @@ from torch.export import Dim
 
 from fiddler_runtime import hf, strict
 from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.progress import Progress
 from fiddler_runtime.text import format_bytes
 from fiddler_runtime.weights import ExpertWeights
 from fiddlerc.ir import ONNX_DOMAIN, ONNX_METADATA, ONNX_NODE, ModelSpec, OnnxDescription
 
-Progress = Callable[[str, int, int], None]
 DType = Literal["bfloat16", "float32"]
 _ALIGNMENT = 4096  # of a tensor in the data file, so that it can be mapped
 _SAMPLE = (2, 8)  # any batch and length: both stay open in the graph

@@ -18,6 +18,7 @@ from fiddler_runtime.kernels import KernelLibrary, Kernels
 from fiddler_runtime.lanes.device import Device, open_device
 from fiddler_runtime.machine import Machine, cpu_lane_threads, this_machine
 from fiddler_runtime.plan import packed_bytes
+from fiddler_runtime.progress import Progress
 
 from ..ir import Calibration, Limits, Quantity
 from .catalog import SCHEMA
@@ -38,7 +39,6 @@ from .lanes import (
 from .regimes import same_regime, split_regimes
 from .sampling import ATTEMPTS, Guard, Point, Timed, repeat, samples, sizes_within
 
-Progress = Callable[[str, int, int], None]
 Shape = tuple[int, int]
 ByTokens = Callable[[int], Timed]
 

@@ -94,11 +94,6 @@ class Guard:
         self.points = 0
         self.disturbed = 0
 
-    @property
-    def best(self) -> float:
-        """The highest peak seen."""
-        return self._best
-
     def __call__(self, measure: Callable[[], list[float]]) -> list[float]:
         """The times of the first undisturbed attempt, or of the least disturbed of ATTEMPTS."""
         self.points += 1

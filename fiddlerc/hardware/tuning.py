@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +14,12 @@ import numpy.typing as npt
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import cpu_lane_threads, this_machine
+from fiddler_runtime.progress import Progress
 
 from ..ir import Blocking, Calibration, TunedCandidate, Tuning
 from .calibrate import PROBE_MS, rotated_bytes, rotated_copies
 from .lanes import CpuExpert
 from .sampling import Guard, repeat
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

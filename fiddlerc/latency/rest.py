@@ -27,15 +27,14 @@ class Rest:
 def fit_rest(calibration: Calibration, spec: ModelSpec, tokens: npt.NDArray[np.int32]) -> Rest:
     """From steps of this model; else from other models' in layers, bytes and operations; else from the limits."""
     own = [step for step in calibration.steps if step.model_fingerprint == spec.fingerprint]
-    ceiling = _ceiling(calibration)
     if len({step.tokens for step in own}) >= MIN_SIZES:
-        return _measured(own, spec, tokens, ceiling)
+        return _measured(own, tokens)
     if len({step.tokens for step in calibration.steps}) >= MIN_SIZES:
-        return _transferred(calibration.steps, spec, tokens, ceiling)
+        return _transferred(calibration.steps, spec, tokens, _ceiling(calibration))
     return _from_limits(calibration, spec, tokens)
 
 
-def _measured(steps: Sequence[StepSample], spec: ModelSpec, tokens: npt.NDArray[np.int32], ceiling: Ceiling) -> Rest:
+def _measured(steps: Sequence[StepSample], tokens: npt.NDArray[np.int32]) -> Rest:
     kv_us = _kv_us(steps)
     us = _without_cache(steps, kv_us)
     work = Work(np.array([float(step.tokens) for step in steps]), np.ones(len(steps)), np.ones(len(steps)))

@@ -14,9 +14,9 @@ from .points import Ceiling, Floats, Work
 # alike: one 352 MB expert over PCIe 4.0 x16 in 13.98 ms (arXiv 2509.23638) is 0.80 of the link's 31.5 GB/s, and over
 # PCIe 3.0 x16 in 26.7 ms it is 0.84 of 15.75 GB/s.
 BANDWIDTH_EFFICIENCY = 0.8
-# Packed CPU kernels reach 0.8-1.0 of the measured peak but for AMX (docs/kernels-measured.md), and a data sheet's peak is cores x
-# base clock with all cores in wide vector code; on the GPU two narrow GEMMs and their element-wise kernels reach about
-# as much of the tensor peak.
+# Packed CPU kernels reach 0.8-1.0 of the measured peak, AMX half of it (docs/kernels-measured.md), and a data sheet's
+# peak is cores x base clock with all cores in wide vector code; on the GPU two narrow GEMMs and their element-wise
+# kernels reach about as much of the tensor peak.
 PEAK_EFFICIENCY = 0.6
 # An expert on the GPU is seven small kernels (gather, GEMM, SiLU, product, GEMM, weighting, scatter); launching one
 # from torch takes about 5 us, whatever little there is to compute.

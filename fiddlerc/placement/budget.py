@@ -10,9 +10,6 @@ from ..ir import MemoryBudget, MemoryItem, ModelSpec, Options
 PREFILL_TOKENS = 2048
 """Tokens whose activations live at once. Longer prompts are given in chunks (transformers: prefill_chunk_size)."""
 
-STAGING_SLOTS = 2
-"""Unpacked experts in the streamed lane (fiddler_runtime.lanes.streamed), beside one packed expert that arrives."""
-
 SLACK = 0.03
 """Share of the whole that is left alone: the driver's context (0.3 to 0.5 GiB of a 16 to 24 GiB card) and what the
 allocator loses to blocks of 2 MiB. An assumption, to be replaced by a measurement on the GPU concerned."""
@@ -27,13 +24,12 @@ def count_memory(spec: ModelSpec, options: Options, *, prefetching: bool = False
     total = options.gpu_memory_bytes
     cached = options.context * options.batch
     alive = min(cached, PREFILL_TOKENS)
-    packed = spec.expert.packed_bytes
     cache = options.batch * spec.cache_bytes(options.context)
     fixed: tuple[MemoryItem, ...] = (
         MemoryItem("non-expert weights", spec.non_expert_bytes),
         MemoryItem(f"KV cache ({options.batch} x {options.context} tokens)", cache),
         MemoryItem(f"activations ({alive} tokens)", alive * spec.workspace_bytes_per_token),
-        MemoryItem("staging of streamed experts", STAGING_SLOTS * spec.expert_bytes + packed),
+        MemoryItem("staging of streamed experts", spec.staging_bytes()),
     )
     if spec.expanded_bytes_per_token:
         expanded = cached * spec.expanded_bytes_per_token

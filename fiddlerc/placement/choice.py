@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fiddler_runtime.makespan import Latencies
+from fiddler_runtime.progress import Progress
 
 from ..ir import MemoryBudget, ModelSpec, Objective, Placement, PlacementSummary, Scenario, Steps
 from .cost import Bools, Cost, Floats, make_cost
-
-Progress = Callable[[str, int, int], None]
 
 EXHAUSTIVE_EXPERTS = 8
 """Up to so many experts a layer, every set of them is tried."""

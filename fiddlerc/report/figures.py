@@ -187,7 +187,7 @@ def gantt(timeline: Timeline) -> Figure:
         return figure
 
 
-def placement(header: Header, placed: Placement) -> Figure:
+def placement(placed: Placement) -> Figure:
     """Popularity by layer and expert; a dot marks an expert on the accelerator."""
     layers, experts = placed.popularity.shape
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):

@@ -87,7 +87,7 @@ def _figures(inputs: Inputs) -> dict[str, Figure]:
         "latency": figures.latency(header, calibration, fitted, _crossover(inputs)),
         "residuals": figures.residuals(header, calibration, fitted),
         "throughput": figures.throughput(inputs.prediction),
-        "placement": figures.placement(header, inputs.placement),
+        "placement": figures.placement(inputs.placement),
         "decode-step": figures.gantt(_decode_step(inputs)),
         "prefill-layer": figures.gantt(_prefill_layer(inputs)),
         "memory": figures.memory(_memory(inputs), inputs.budget.total_bytes) if inputs.budget.total_bytes else None,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from fiddler_runtime.plan import Header
+from fiddler_runtime.progress import Progress
 
 from ..ir import CurveSummary, PolicyResult, Prediction, Scenario, Steps, Tables
 from .caching import FreeToken, HybriMoE, MixtralOffloading
@@ -41,7 +41,7 @@ def predict(
     tables: Tables,
     steps: dict[Scenario, Steps],
     workload: Workload,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     policies: tuple[Policy, ...] = POLICIES,
 ) -> Prediction:
     """Replays sampled steps (the held-out ones) under every strategy that the machine has the devices for.

@@ -112,8 +112,6 @@ def heldout(steps: Steps) -> Steps:
         counts=steps.counts[chosen],
         tokens=steps.tokens[chosen],
         kv=steps.kv[chosen],
-        sequence=steps.sequence[chosen],
-        top_ids=steps.top_ids[chosen],
         heldout=steps.heldout[chosen],
     )
 
@@ -122,7 +120,7 @@ def decode_steps(tokens: Steps, input_tokens: int, output_tokens: int) -> Steps:
     """One token a step, from the sampled ones in their order, around again if they are too few."""
     chosen = np.arange(output_tokens) % len(tokens.tokens)
     ones, context = np.ones(output_tokens), input_tokens + np.arange(output_tokens)
-    return _steps("decode", tokens.counts[chosen], ones, context, tokens.top_ids[chosen])
+    return _steps("decode", tokens.counts[chosen], ones, context)
 
 
 def beam_steps(tokens: Steps, width: int, together: bool) -> Steps:
@@ -131,9 +129,9 @@ def beam_steps(tokens: Steps, width: int, together: bool) -> Steps:
     context = BEAM_INPUT + np.arange(BEAM_OUTPUT)
     if not together:
         flat = chosen.ravel()
-        return _steps("beam", tokens.counts[flat], np.ones(len(flat)), np.repeat(context, width), tokens.top_ids[flat])
+        return _steps("beam", tokens.counts[flat], np.ones(len(flat)), np.repeat(context, width))
     counts = tokens.counts[chosen].sum(axis=1, dtype=np.int32)
-    return _steps("beam", counts, np.full(BEAM_OUTPUT, width), width * context, counts.argmax(axis=2))
+    return _steps("beam", counts, np.full(BEAM_OUTPUT, width), width * context)
 
 
 def prompt_steps(sampled: dict[Scenario, Steps], length: int, chunk_tokens: int) -> Steps:
@@ -155,8 +153,7 @@ def prompt_steps(sampled: dict[Scenario, Steps], length: int, chunk_tokens: int)
             counts, left, at = counts + prompts.counts[chosen], left - int(prompts.tokens[chosen]), at + 1
         fill = (at + np.arange(left)) % len(tokens.tokens)
         parts.append(counts + tokens.counts[fill].sum(axis=0, dtype=np.int32))
-    counts = np.stack(parts)
-    return _steps("prefill", counts, np.array(sizes), np.cumsum([0, *sizes[:-1]]), counts.argmax(axis=2))
+    return _steps("prefill", np.stack(parts), np.array(sizes), np.cumsum([0, *sizes[:-1]]))
 
 
 def _steps(
@@ -164,15 +161,11 @@ def _steps(
     counts: npt.NDArray[np.int32],
     tokens: npt.NDArray[np.generic],
     kv: npt.NDArray[np.integer],
-    top_ids: npt.NDArray[np.integer],
 ) -> Steps:
-    number = len(counts)
     return Steps(
         scenario=scenario,
         counts=counts,
         tokens=tokens.astype(np.int32),
         kv=kv.astype(np.int32),
-        sequence=np.zeros(number, np.int32),
-        top_ids=top_ids.astype(np.int16),
-        heldout=np.zeros(number, np.bool_),
+        heldout=np.zeros(len(counts), np.bool_),
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from .counts import from_counts
 from .file import read_trace, write_trace
 from .record import record
-from .statistics import coactivation, popularity, successors
+from .statistics import popularity, successors
 from .steps import sample_steps
 
 __all__ = [
-    "coactivation",
     "from_counts",
     "popularity",
     "read_trace",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from fiddler_runtime import hf
 from fiddler_runtime.checkpoint import Checkpoint, check_identity
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.plan import Plan
+from fiddler_runtime.progress import Progress
 from fiddlerc.ir import ModelSpec, Trace
 
 from .check import DECODE, MAX_EXPERTS, PREFILL, check, count
 from .sequences import cut, describe
 
-Progress = Callable[[str, int, int], None]
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -61,8 +61,8 @@ def record(
     _check_arguments(spec, sequence_tokens, prompt_tokens, generate_tokens)
     check_identity(spec, model_dir)
     Checkpoint.open(model_dir).check_experts(spec)
-    transformers = _import_transformers()
-    with _quiet(transformers):
+    transformers = hf.import_transformers()
+    with hf.silenced(transformers):
         tokenizer = _load_tokenizer(transformers, model_dir)
         sequences = cut(
             tokenizer,
@@ -282,31 +282,3 @@ def _load_tokenizer(transformers: Any, model_dir: Path) -> Any:
         raise FiddlerError(
             f"cannot load the tokenizer in {model_dir}", found=reason[:120], hint="download the tokenizer's files again"
         ) from None
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' bars and remarks (long inputs to the tokenizer, generation settings): they are meant."""
-    logging = transformers.utils.logging
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-
-
-def _import_transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise FiddlerError(
-            "cannot import transformers, which tracing runs the model with",
-            found=str(error),
-            expected="transformers 5.20 or later",
-            hint="pip install 'fiddlerc[hf]'",
-        ) from None
-    return transformers

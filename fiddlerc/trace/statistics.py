@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fiddler_runtime.errors import FiddlerError
 from fiddlerc.ir import ModelSpec, Objective, Trace
 
 from .check import DECODE, PREFILL
@@ -18,8 +17,6 @@ _PHASES: dict[Objective, tuple[int, ...]] = {
 }
 # Added to every count (Jeffreys' prior): an expert that a finite text never chose is rare, not impossible.
 _SMOOTHING = 0.5
-# Tokens per step of the co-activation sum: bounds its temporary array at 256 experts to 64 MB.
-_CHUNK = 1 << 16
 
 
 def popularity(trace: Trace | None, spec: ModelSpec, objective: Objective) -> npt.NDArray[np.float64]:
@@ -37,33 +34,6 @@ def popularity(trace: Trace | None, spec: ModelSpec, objective: Objective) -> np
         counts = trace.counts.sum(axis=0)
     smooth = counts + _SMOOTHING
     shares: npt.NDArray[np.float64] = smooth / smooth.sum(axis=1, keepdims=True)
-    return shares
-
-
-def coactivation(trace: Trace) -> npt.NDArray[np.float64]:
-    """[layer, i, j]: of the tokens that chose expert i, the share that chose j too; float64 [layers, experts, experts].
-
-    The diagonal is 1, the rest of a row sums to top_k - 1; the row of an expert that nobody chose is 0. Raises
-    FiddlerError for a trace that has counts only.
-    """
-    if trace.experts is None:
-        raise FiddlerError(
-            "co-activation needs a trace with tokens",
-            found=f"counts only ({trace.source})",
-            expected="a recorded trace",
-            hint="fiddlerc trace MODEL_DIR --text FILE -o trace.safetensors",
-        )
-    tokens, layers, _ = trace.experts.shape
-    num_experts = trace.counts.shape[2]
-    together = np.zeros((layers, num_experts, num_experts))
-    for begin in range(0, tokens, _CHUNK):
-        for layer in range(layers):
-            ids = trace.experts[begin : begin + _CHUNK, layer].astype(np.int64)
-            chosen = np.zeros((len(ids), num_experts), np.float32)
-            np.put_along_axis(chosen, ids, 1.0, axis=1)
-            together[layer] += chosen.T @ chosen
-    alone = np.einsum("lii->li", together)[:, :, None]
-    shares: npt.NDArray[np.float64] = np.divide(together, alone, out=np.zeros_like(together), where=alone > 0)
     return shares
 
 

@@ -117,11 +117,7 @@ def _steps(
     for step, (_, rows) in enumerate(groups):
         for layer in range(layers):
             counts[step, layer] = np.bincount(experts[rows, layer].reshape(-1).astype(np.int64), minlength=num_experts)
-    single = scenario == "decode"
-    first = np.array([rows[0] for _, rows in groups])
-    top_ids = experts[first, :, 0] if single else counts.argmax(axis=2)
-    sequence = np.array([index for index, _ in groups], np.int32)
-    heldout = sequence >= fitted
+    heldout = np.array([index >= fitted for index, _ in groups])
     if not heldout.any() or heldout.all():  # one sequence only: its last quarter
         heldout = np.arange(len(groups)) >= (1 - HELDOUT) * len(groups)
     # A prompt starts with nothing in the cache; every row of another step attends to all before it.
@@ -131,7 +127,5 @@ def _steps(
         counts=counts,
         tokens=np.array([len(rows) for _, rows in groups], np.int32),
         kv=np.array(kv, np.int32),
-        sequence=sequence,
-        top_ids=top_ids.astype(np.int16),
         heldout=heldout,
     )

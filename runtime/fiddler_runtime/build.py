@@ -22,14 +22,13 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FiddlerError
 from .machine import usable_cores
-
-Progress = Callable[[str, int, int], None]
+from .progress import Progress
 
 _LABEL = "building kernels"
 _RECORD = "build.json"

@@ -30,7 +30,7 @@ _OTHER_SPELLING = {"num_experts": "num_local_experts", "num_local_experts": "num
 
 
 class Checkpoint:
-    """The tensors of a model directory. Opening reads headers only; `read_into` may be called from several threads."""
+    """The tensors of a model directory. Opening reads headers only."""
 
     described_by = "config.json"
 
@@ -55,24 +55,12 @@ class Checkpoint:
             raise _no_weights(model_dir)
         return Checkpoint(model_dir, _read_shards(model_dir))
 
-    def read_into(self, name: str, out: torch.Tensor) -> None:
-        """Reads a tensor straight into `out`'s memory: CPU, contiguous, of the stored shape and dtype.
-
-        Raises FiddlerError for a tensor that is not there, another shape or dtype, or a file that ends too early.
-        """
-        info = self.tensors.get(name)
-        if info is None:
-            raise FiddlerError(
-                f"the checkpoint {self.model_dir} is incomplete", found=f"no tensor {name}", hint=DOWNLOAD_AGAIN
-            )
-        if tuple(out.shape) != info.shape:
-            raise FiddlerError(f"the tensor {name} has another shape", found=list(info.shape), expected=list(out.shape))
-        self.read_part(name, 0, out)
-
     def read_part(self, name: str, first: int, out: torch.Tensor, *, drop: bool = False) -> None:
-        """Reads out.numel() consecutive elements, from the element `first` on; otherwise as `read_into`.
+        """Reads out.numel() consecutive elements, from the element `first` on, straight into `out`'s memory.
 
+        out   on the CPU, contiguous, of the stored dtype
         drop  gives the pages back at once that were read, so that the file does not stay in the page cache as well
+        Raises FiddlerError for another dtype, or a file that ends too early.
         """
         info = self.tensors[name]
         if not 0 <= first <= info.elements - out.numel():
@@ -80,12 +68,12 @@ class Checkpoint:
         if info.torch_dtype != out.dtype:
             raise FiddlerError(f"the tensor {name} has another dtype", found=info.torch_dtype, expected=out.dtype)
         if out.device.type != "cpu" or not out.is_contiguous():
-            raise ValueError("read_into needs a contiguous tensor on the CPU")
+            raise ValueError("read_part needs a contiguous tensor on the CPU")
         if out.numel() == 0:
             return
         memory = out.detach().view(-1).view(torch.uint8).numpy().data
         try:
-            # A descriptor of its own and pread: no shared file offset, nothing to close later.
+            # A descriptor of its own: nothing to close later.
             descriptor = os.open(info.file, os.O_RDONLY)
             try:
                 start = info.offset + first * out.element_size()

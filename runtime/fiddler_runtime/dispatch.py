@@ -1,4 +1,4 @@
-"""Per-layer decisions at run time: a look-up in the plan's tables, in microseconds and without allocation."""
+"""Decides at run time, layer by layer, what runs where: from the plan's tables, in microseconds, without allocation."""
 
 from __future__ import annotations
 
@@ -12,23 +12,8 @@ import torch
 
 from .errors import FiddlerError
 from .kernels import KernelLibrary, TablesStruct
-from .makespan import ALL, CPU, IDLE, RESIDENT, SPLIT, STREAMED, Decision, Latencies, Strategy, choose, dense, priced
+from .makespan import ALL, Strategy, dense, priced
 from .plan import Tables
-
-__all__ = [
-    "ALL",
-    "CPU",
-    "IDLE",
-    "RESIDENT",
-    "SPLIT",
-    "STREAMED",
-    "Decision",
-    "Dispatcher",
-    "Latencies",
-    "Strategy",
-    "choose",
-    "dense",
-]
 
 
 class Dispatcher:

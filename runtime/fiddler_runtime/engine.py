@@ -95,7 +95,8 @@ class Engine:
         if not isinstance(packed_cache, PackedCache):
             packed_cache = PackedCache.open(packed_cache, self.spec, weights)
         needs = survey(self.plan.header, setup, packed_cache, whole_model=False)
-        needs.check()
+        if not whole_model:  # else hf.load has, before all the rest was in memory
+            needs.check()
         weights.drop_behind = needs.crowded
         self._library = open_library(self.plan, progress=progress)
         self._device = open_device(setup.kind)

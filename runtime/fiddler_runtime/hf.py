@@ -58,7 +58,7 @@ def load(
     The other arguments are the Engine's. Raises FiddlerError, among others for a model that is not the plan's, a
     checkpoint that lacks a tensor, too little memory.
     """
-    _import_transformers()
+    import_transformers()
     model_dir = Path(model_dir)
     if not isinstance(plan, Plan):
         plan = load_plan(plan)
@@ -141,7 +141,7 @@ def load_without_experts(
 
     Raises FiddlerError for a class that transformers does not have, and for a checkpoint that lacks a tensor.
     """
-    transformers = _import_transformers()
+    transformers = import_transformers()
     # An ONNX file does not name the class.
     name = str((read_config(model_dir).get("architectures") or [""])[0]) if spec.from_onnx else spec.architecture
     base = getattr(transformers, name, None)
@@ -153,7 +153,7 @@ def load_without_experts(
             hint="pip install --upgrade transformers",
         )
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with _silenced(transformers):
+    with silenced(transformers):
         model, info = _without_experts(base, spec).from_pretrained(
             model_dir,
             dtype=dtype,
@@ -244,7 +244,7 @@ def _note_phase(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 
 @contextmanager
-def _silenced(transformers: Any) -> Iterator[None]:
+def silenced(transformers: Any) -> Iterator[None]:
     """Without transformers' loading bar and report, which would speak of the experts; both are set back after."""
     logging = transformers.utils.logging
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -258,7 +258,8 @@ def _silenced(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _import_transformers() -> Any:
+def import_transformers() -> Any:
+    """The module. Raises FiddlerError without it."""
     try:
         import transformers
     except ImportError as error:

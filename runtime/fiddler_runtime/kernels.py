@@ -30,6 +30,7 @@ from .plan import ABI_VERSION, KernelSpec
 
 _OK, _E_ISA = 0, -1
 _ALIGNMENT = 64
+_LEAST_READ = 512
 _LEAVE_IT = "leave the instruction set to the runtime, which takes the best that runs here"
 # struct fdl_moe_call. A call has streamed weights through the caches; the fewer Python objects the next one needs, the
 # fewer come from memory again. (A ctypes.Structure takes several times as long.)
@@ -307,10 +308,10 @@ class Kernels:
             self.library.check(status, "run a MoE layer")
 
     def read_gbps(self, data: torch.Tensor) -> float:
-        """GB/s of all threads reading `data` (contiguous, on the CPU, at least 64 bytes) once."""
-        if not data.is_contiguous() or not data.is_cpu or data.nbytes < _ALIGNMENT:
+        """GB/s of all threads reading `data` (contiguous, on the CPU, at least 512 bytes) once."""
+        if not data.is_contiguous() or not data.is_cpu or data.nbytes < _LEAST_READ:
             raise FiddlerError(
-                "wrong buffer to read", found=_shown(data), expected="contiguous, 64 bytes or more, on cpu"
+                "wrong buffer to read", found=_shown(data), expected=f"contiguous, {_LEAST_READ} bytes or more, on cpu"
             )
         result = c_double()
         status = self._native.fdl_probe_read(self._open(), data.data_ptr(), data.nbytes, byref(result))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from .errors import FiddlerError, FiddlerWarning
 from .kernels import KernelLibrary
 from .machine import AcceleratorKind, this_machine
 from .plan import Plan, read_plan
+from .progress import Progress
 from .strategies import choose_device
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

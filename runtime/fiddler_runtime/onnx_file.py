@@ -284,8 +284,11 @@ def _text(wire: Wire, part: Field) -> str:
 
 def read_varints(info: VarintTensor) -> npt.NDArray[Any]:
     """The elements' bits: uint16 [elements] for F16 and BF16, uint8 or int8. Raises FiddlerError for anything else."""
-    with info.file.open("rb") as file:
-        raw = np.frombuffer(os.pread(file.fileno(), info.nbytes, info.offset), np.uint8)
+    try:
+        with info.file.open("rb") as file:
+            raw = np.frombuffer(os.pread(file.fileno(), info.nbytes, info.offset), np.uint8)
+    except OSError as error:
+        raise FiddlerError(f"cannot read {info.file}", found=error.strerror or str(error)) from None
     ends = np.flatnonzero(raw < 0x80)
     starts = np.concatenate([[0], ends[:-1] + 1]) if ends.size else ends
     longest = int((ends - starts).max(initial=-1)) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .safetensors_header import DOWNLOAD_AGAIN, TensorInfo
 SCALES, ZERO_POINTS = "_scales", "_zero_points"
 _ELEMENTS_AT_A_TIME = 1 << 22
 """Elements that are dequantised together: temporary memory, 12 bytes each."""
+_DECODED = 9
+"""Tensors whose varints are kept decoded, a layer's: numbers, scales and zero points of three matrices."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,10 @@ class OnnxCheckpoint(Checkpoint):
     """The initializers of an ONNX file. model_dir is the file."""
 
     described_by = "plan"
-    _decoded: tuple[str, npt.NDArray[Any]] | None = None
+
+    def __init__(self, model_dir: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        super().__init__(model_dir, tensors)
+        self._decoded: dict[str, npt.NDArray[Any]] = {}
 
     @staticmethod
     def open(model_dir: Path) -> OnnxCheckpoint:
@@ -83,15 +89,61 @@ class OnnxCheckpoint(Checkpoint):
         """As Checkpoint's; quantised tensors, which are fp32 here, one whole expert at a time."""
         info = self.tensors[name]
         if isinstance(info, QuantizedTensor):
-            _dequantize(info, out, first)
+            self._dequantize(info, out, first)
         elif isinstance(info, VarintTensor):
-            # All experts of a layer are one tensor, and are asked for one after the other.
-            if self._decoded is None or self._decoded[0] != info.name:
-                self._decoded = info.name, read_varints(info)
-            elements = torch.from_numpy(self._decoded[1][first : first + out.numel()])
+            elements = torch.from_numpy(self._decode(info)[first : first + out.numel()])
             out.view(-1).copy_(elements.view(out.dtype))
         else:
             super().read_part(name, first, out, drop=drop)
+
+    def _dequantize(self, info: QuantizedTensor, out: torch.Tensor, start: int) -> None:
+        """One expert's fp32 [N * K]. Raises ValueError if `out` and `start` are not one expert's."""
+        _, rows, columns = info.shape
+        expert, odd = divmod(start, rows * columns)
+        if odd or out.numel() != rows * columns:
+            raise ValueError("quantised experts are read whole")
+        packed = self._expert(info.packed, expert)
+        scales = self._expert(info.scales, expert).float().view(rows, -1)
+        zero_points = torch.tensor(float(1 << (info.bits - 1)))
+        if info.zero_points is not None:
+            per_row = scales.shape[1] if len(info.scales.shape) == 3 else rows
+            unpacked = _unpack(self._expert(info.zero_points, expert).view(-1, info.zero_points.shape[-1]), info.bits)
+            zero_points = unpacked[:, :per_row].reshape(rows, -1, 1)
+        blocks = scales.shape[1]
+        step = max(1, _ELEMENTS_AT_A_TIME // columns)
+        matrix = out.view(rows, blocks, columns // blocks)
+        for row in range(0, rows, step):
+            part = slice(row, row + step)
+            values = _unpack(packed[part], info.bits).view(-1, blocks, columns // blocks)
+            values -= zero_points[part] if zero_points.dim() else zero_points
+            torch.mul(values, scales[part].unsqueeze(-1), out=matrix[part])
+
+    def _expert(self, info: TensorInfo, expert: int) -> torch.Tensor:
+        """One expert's part of a tensor [E, ...], as stored."""
+        dtype = torch.uint8 if info.dtype == "U8" else info.torch_dtype
+        part = torch.empty(info.shape[1:], dtype=dtype)
+        if isinstance(info, VarintTensor):
+            values = self._decode(info)[expert * part.numel() : (expert + 1) * part.numel()]
+            return torch.from_numpy(values).view(dtype).view(part.shape)
+        memory = part.view(-1).view(torch.uint8).numpy().data
+        try:
+            with info.file.open("rb") as file:
+                file.seek(info.offset + expert * len(memory))
+                if file.readinto(memory) == len(memory):
+                    return part
+        except OSError as error:
+            raise FiddlerError(f"cannot read {info.file}", found=error.strerror or str(error)) from None
+        raise FiddlerError(
+            f"{info.file} was truncated while it was read", found=f"half of {info.name}", hint=DOWNLOAD_AGAIN
+        )
+
+    def _decode(self, info: VarintTensor) -> npt.NDArray[Any]:
+        """The tensor's elements. A layer's tensors hold all its experts, which are asked for one after the other."""
+        if (found := self._decoded.get(info.name)) is None:
+            while len(self._decoded) >= _DECODED:
+                del self._decoded[next(iter(self._decoded))]
+            found = self._decoded[info.name] = read_varints(info)
+        return found
 
 
 def _quantized(
@@ -123,49 +175,6 @@ def _unfit(info: TensorInfo, expected: str) -> FiddlerError:
         f"the initializer {info.name} does not fit its layer",
         found=f"{info.dtype} {list(info.shape)}",
         expected=expected,
-    )
-
-
-def _dequantize(info: QuantizedTensor, out: torch.Tensor, start: int) -> None:
-    """One expert's fp32 [N * K]. Raises ValueError if `out` and `start` are not one expert's."""
-    _, rows, columns = info.shape
-    expert, odd = divmod(start, rows * columns)
-    if odd or out.numel() != rows * columns:
-        raise ValueError("quantised experts are read whole")
-    packed = _expert(info.packed, expert)
-    scales = _expert(info.scales, expert).float().view(rows, -1)
-    zero_points = torch.tensor(float(1 << (info.bits - 1)))
-    if info.zero_points is not None:
-        per_row = scales.shape[1] if len(info.scales.shape) == 3 else rows
-        unpacked = _unpack(_expert(info.zero_points, expert).view(-1, info.zero_points.shape[-1]), info.bits)
-        zero_points = unpacked[:, :per_row].reshape(rows, -1, 1)
-    blocks = scales.shape[1]
-    step = max(1, _ELEMENTS_AT_A_TIME // columns)
-    matrix = out.view(rows, blocks, columns // blocks)
-    for row in range(0, rows, step):
-        part = slice(row, row + step)
-        values = _unpack(packed[part], info.bits).view(-1, blocks, columns // blocks)
-        values -= zero_points[part] if zero_points.dim() else zero_points
-        torch.mul(values, scales[part].unsqueeze(-1), out=matrix[part])
-
-
-def _expert(info: TensorInfo, expert: int) -> torch.Tensor:
-    """One expert's part of a tensor [E, ...], as stored."""
-    dtype = torch.uint8 if info.dtype == "U8" else info.torch_dtype
-    part = torch.empty(info.shape[1:], dtype=dtype)
-    if isinstance(info, VarintTensor):
-        values = read_varints(info)[expert * part.numel() : (expert + 1) * part.numel()]
-        return torch.from_numpy(values).view(dtype).view(part.shape)
-    memory = part.view(-1).view(torch.uint8).numpy().data
-    try:
-        with info.file.open("rb") as file:
-            file.seek(info.offset + expert * len(memory))
-            if file.readinto(memory) == len(memory):
-                return part
-    except OSError as error:
-        raise FiddlerError(f"cannot read {info.file}", found=error.strerror or str(error)) from None
-    raise FiddlerError(
-        f"{info.file} was truncated while it was read", found=f"half of {info.name}", hint=DOWNLOAD_AGAIN
     )
 
 

@@ -17,9 +17,6 @@ from .strategies import Setup
 from .text import format_bytes
 
 Where = Literal["host memory", "accelerator memory", "disk"]
-STAGING_EXPERTS = 3
-"""Experts' worth of accelerator memory that streaming takes: two unpacked slots, one landing buffer.
-Prefetching takes one more."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,8 @@ def survey(header: Header, setup: Setup, cache: PackedCache | None, *, whole_mod
     total, residents = setup.resident.size, int(setup.resident.sum())
     on_device = [Need("accelerator memory", f"{residents} resident experts", residents * spec.expert_bytes)]
     if setup.streaming:
-        slots = STAGING_EXPERTS + ("prefetch" in setup.features)
-        on_device.append(Need("accelerator memory", "staging of streamed experts", slots * packed))
+        staging = spec.staging_bytes("prefetch" in setup.features)
+        on_device.append(Need("accelerator memory", "staging of streamed experts", staging))
     rest: list[Need] = []
     if whole_model:
         cached = options.context * options.batch

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import FiddlerError
 from .machine import AcceleratorKind
+from .makespan import ALL, Strategy
 from .plan import Plan
 
-Strategy = Literal["resident", "streamed", "cpu"]
 DeviceChoice = Literal["auto", "cuda", "simulated", "none"]
-ALL: tuple[Strategy, ...] = get_args(Strategy)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ OBJECTIVES: tuple[Objective, ...] = ("decode", "prefill", "beam", "balanced")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", type=Path, help="expert counts of Mixtral-8x7B, as `fiddlerc trace --from-counts` reads")
+    parser.add_argument("--counts", type=Path, help="Mixtral-8x7B's, as `fiddlerc trace --from-counts` reads")
     arguments = parser.parse_args()
     demo = str(EXAMPLES / "tiny-mixtral")
     print(f"{'model':14} {'machine':14} {'residents':>9} {'objective':9} {'method':14} ours   random worst")

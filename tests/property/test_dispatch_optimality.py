@@ -16,8 +16,20 @@ from kernel_samples import library
 from plan_samples import sample_tables
 
 from fiddler_runtime import makespan
-from fiddler_runtime.dispatch import ALL, CPU, IDLE, RESIDENT, SPLIT, STREAMED, Dispatcher
-from fiddler_runtime.makespan import Latencies, choose, dense, look_up, makespans
+from fiddler_runtime.dispatch import Dispatcher
+from fiddler_runtime.makespan import (
+    ALL,
+    CPU,
+    IDLE,
+    RESIDENT,
+    SPLIT,
+    STREAMED,
+    Latencies,
+    choose,
+    dense,
+    look_up,
+    makespans,
+)
 
 MAX_TOKENS = 2048
 TOKENS = np.arange(MAX_TOKENS + 2)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fiddler_runtime.plan import ExpertTensors, ModelSpec
 from fiddlerc.ir import Trace
-from fiddlerc.trace import coactivation, popularity, read_trace, write_trace
+from fiddlerc.trace import popularity, read_trace, write_trace
 from fiddlerc.trace.check import count
 
 
@@ -89,9 +89,3 @@ def test_shares(case: tuple[ModelSpec, Trace]) -> None:
         shares = popularity(trace, spec, objective)  # type: ignore[arg-type]
         assert np.allclose(shares.sum(axis=1), 1)
         assert (shares > 0).all()
-    if trace.experts is not None:
-        together = coactivation(trace)
-        seen = np.diagonal(together, axis1=1, axis2=2) > 0
-        assert np.array_equal(seen, trace.counts.sum(axis=0) > 0)
-        assert np.allclose(together.sum(axis=2)[seen], spec.top_k)
-        assert not together[~seen].any()

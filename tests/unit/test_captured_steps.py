@@ -195,6 +195,42 @@ def test_an_error_of_the_cpu_lane_reaches_the_caller(engine: Engine):
             layers.replay(captured)
 
 
+@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+def test_an_interrupted_step_runs_to_its_end(
+    engine: Engine, fake: FakeDriver, monkeypatch: pytest.MonkeyPatch, name: str, again: bool
+) -> None:
+    """Its stream would wait for a CPU lane that nobody serves, and closing for the stream."""
+    enter(engine, entry_named(name, fake))
+    step = Step(engine, 1)
+    step.fill(0)
+    with engine.captured() as layers:
+        captured = layers.capture(1, step)
+        expected = layers.replay(captured).clone()
+    stream = threading.Event()
+    engine._device.submit(stream.wait)
+    interrupted: list[object] = []
+
+    def interrupt(*_: object) -> bool:
+        if len(interrupted) > 1:
+            stream.set()
+        interrupted.append(None)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fiddler_runtime.lanes.device._InQueue.wait", interrupt)
+        if again:
+            patch.setattr(engine._device, "synchronize", interrupt)
+        else:
+            stream.set()
+        with pytest.raises(KeyboardInterrupt), engine.captured() as layers:
+            layers.replay(captured)
+    stream.set()
+    with engine.captured() as layers:
+        assert torch.equal(layers.replay(captured), expected)
+    engine.close()
+
+
 def test_an_error_while_capturing_leaves_nothing_behind(engine: Engine):
     step = Step(engine, 2)
     step.fill(0)

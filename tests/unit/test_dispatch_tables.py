@@ -8,9 +8,9 @@ import torch
 from kernel_samples import library
 from plan_samples import EXPERTS, sample_tables
 
-from fiddler_runtime.dispatch import CPU, IDLE, RESIDENT, STREAMED, Dispatcher, choose, dense
+from fiddler_runtime.dispatch import Dispatcher
 from fiddler_runtime.errors import FiddlerError
-from fiddler_runtime.makespan import DENSE_TOKENS, look_up
+from fiddler_runtime.makespan import CPU, DENSE_TOKENS, IDLE, RESIDENT, STREAMED, choose, dense, look_up
 
 
 def test_dense_tables_pass_through_the_grid() -> None:

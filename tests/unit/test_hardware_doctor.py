@@ -74,9 +74,9 @@ def test_a_cpu_without_avx2_is_told_how_slow_it_is(tmp_path: Path) -> None:
     assert check.status == "missing" and "scalar" in check.detail and check.hint
 
 
-def test_several_numa_nodes_get_a_command(tmp_path: Path) -> None:
+def test_several_numa_nodes_are_told(tmp_path: Path) -> None:
     check = checks(machine(tmp_path, COMPLETE, nodes=2))["NUMA"]
-    assert check.status == "note" and check.hint.startswith("numactl")
+    assert check.status == "note" and check.detail.startswith("2 nodes: weights are parted")
 
 
 @pytest.mark.parametrize(("driver", "status"), [(False, "note"), (True, "missing")])

@@ -50,8 +50,7 @@ def random_steps(rng: np.random.Generator, layers: int, experts: int) -> dict[Sc
             counts[step, layer] = np.bincount(np.argsort(-noisy, axis=1)[:, :2].ravel(), minlength=experts)
         steps[scenario] = Steps(
             scenario, counts, np.full(number, size, np.int32), np.zeros(number, np.int32),
-            np.arange(number, dtype=np.int32),
-            np.zeros((number, layers), np.int16), np.arange(number) >= number * 3 // 4,
+            np.arange(number) >= number * 3 // 4,
         )  # fmt: skip
     return steps  # type: ignore[return-value]
 

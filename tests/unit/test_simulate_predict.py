@@ -41,7 +41,7 @@ def sampled() -> dict[Scenario, Steps]:
         scenario="prefill",
         **{
             name: np.concatenate([getattr(part, name) for part in prompts])
-            for name in ("counts", "tokens", "kv", "sequence", "top_ids", "heldout")
+            for name in ("counts", "tokens", "kv", "heldout")
         },
     )
     return {

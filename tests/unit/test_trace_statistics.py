@@ -1,4 +1,4 @@
-"""Popularity and co-activation against counting by hand, and the published counts."""
+"""Popularity against counting by hand, and the published counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny_families import TINY_MIXTRAL
 from fiddler_runtime.errors import FiddlerError
 from fiddlerc.frontend import load_model
 from fiddlerc.ir import ModelSpec, Trace
-from fiddlerc.trace import coactivation, from_counts, popularity, read_trace, write_trace
+from fiddlerc.trace import from_counts, popularity, read_trace, write_trace
 from fiddlerc.trace.check import count
 
 OBJECTIVES: tuple[Any, ...] = ("decode", "prefill", "beam", "balanced")
@@ -82,18 +82,6 @@ def test_a_phase_without_choices_takes_the_other(spec: ModelSpec) -> None:
     assert np.array_equal(popularity(prompt, spec, "decode"), popularity(prompt, spec, "prefill"))
 
 
-def test_coactivation_by_hand(spec: ModelSpec) -> None:
-    trace = random_trace(spec, 50)
-    found = coactivation(trace)
-    assert trace.experts is not None
-    for layer in range(6):
-        for i in range(8):
-            with_i = [set(token[layer]) for token in trace.experts if i in token[layer]]
-            for j in range(8):
-                expected = sum(j in token for token in with_i) / len(with_i) if with_i else 0
-                assert found[layer, i, j] == pytest.approx(expected)
-
-
 def published(**changes: Any) -> dict[str, Any]:
     counts = np.random.default_rng(1).multinomial(2000, [0.125] * 8, size=6).tolist()
     return {"model": "Tiny (instruct)", "text": "A subject", "tokens": 900, "counts": counts, **changes}
@@ -113,8 +101,6 @@ def test_published_counts(spec: ModelSpec, tmp_path: Path) -> None:
     expected = (np.array(value["counts"]) + 0.5) / 2004
     for objective in OBJECTIVES:
         assert np.allclose(popularity(trace, spec, objective), expected)
-    with pytest.raises(FiddlerError, match="co-activation needs a trace with tokens"):
-        coactivation(trace)
     write_trace(trace, tmp_path / "t.safetensors")
     assert np.array_equal(read_trace(tmp_path / "t.safetensors", spec).counts, trace.counts)
 

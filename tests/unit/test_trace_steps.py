@@ -38,7 +38,6 @@ def test_decode_steps_are_the_decoded_tokens_in_order() -> None:
         for layer in range(2):
             expected = np.bincount(trace.experts[row, layer], minlength=8)
             np.testing.assert_array_equal(steps.counts[step, layer], expected)
-    np.testing.assert_array_equal(steps.top_ids, trace.experts[decoded, :, 0])
     np.testing.assert_array_equal(steps.kv, trace.position[decoded])
     assert (steps.tokens == 1).all()
 
@@ -50,10 +49,9 @@ def test_every_choice_is_counted_and_some_steps_are_held_out(trace: Trace | None
     for scenario, part in steps.items():
         assert part.scenario == scenario
         np.testing.assert_array_equal(part.counts.sum(axis=2), 2 * np.repeat(part.tokens[:, None], 2, axis=1))
-        assert part.heldout.any() and not part.heldout.all()
-        # No sequence is on both sides, unless there is only one.
-        fitted, heldout = (set(part.sequence[part.heldout == side].tolist()) for side in (False, True))
-        assert not fitted & heldout or len(fitted | heldout) == 1
+        # The last quarter of the sequences, whole ones; of the only one, its last quarter.
+        assert part.heldout.tolist() == sorted(part.heldout)
+        assert part.heldout.sum() == len(part.tokens) // 4
     assert set(steps["prefill"].tokens.tolist()) <= {32, 128, 256}
     assert (steps["beam"].tokens == 4).all()
 

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fiddler_runtime.engine import Engine
 from fiddler_runtime.errors import FiddlerError, FiddlerWarning
-from fiddler_runtime.onnx_file import VarintTensor, read_initializers
+from fiddler_runtime.onnx_file import VarintTensor, read_initializers, read_varints
 from fiddler_runtime.plan import ModelSpec
 from fiddler_runtime.weights import ExpertWeights
 from fiddlerc import frontend
@@ -120,6 +120,24 @@ def test_quantised_weights_are_what_they_stand_for(
 ) -> None:
     model, (gate_up, down) = onnx_samples.one_qmoe_layer(bits, block, zero_points=zero_points, separate=separate)
     assert_experts(read_all(onnx_samples.save(model, tmp_path / "q.onnx")), 0, gate_up, down)
+
+
+def test_quantised_varints_are_decoded_once_for_all_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (gate_up, down) = onnx_samples.one_qmoe_layer(8, 16, zero_points=True)
+    quantised = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.UINT8]
+    for tensor in quantised:
+        values = numpy_helper.to_array(tensor)
+        tensor.CopyFrom(helper.make_tensor(tensor.name, TensorProto.UINT8, values.shape, values.ravel().tolist()))
+        assert tensor.int32_data
+    decoded: list[str] = []
+
+    def counted(info: VarintTensor) -> Any:
+        decoded.append(info.name)
+        return read_varints(info)
+
+    monkeypatch.setattr("fiddler_runtime.onnx_weights.read_varints", counted)
+    assert_experts(read_all(onnx_samples.save(model, tmp_path / "q.onnx")), 0, gate_up, down)
+    assert sorted(decoded) == sorted(tensor.name for tensor in quantised)
 
 
 def test_what_dequantising_costs_is_told_once(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ class CapturedLayers:
         self.entry.attach(self.step)
         self._within: int | None = None
         self._asked = 0  # layers of the step that is being captured
+        self._on_its_way = False  # whether a step has begun that was neither ended nor abandoned
 
     def within(self) -> bool:
         """Whether the calling thread is capturing: its calls of Engine.moe belong here."""
@@ -128,18 +129,36 @@ class CapturedLayers:
         return captured.graph.result
 
     def _end(self, captured: Captured[R]) -> None:
+        self._on_its_way = False
         self.step.end(captured.layers)
         self._done(self.step)
 
     @contextmanager
     def _running(self, tokens: int) -> Iterator[None]:
+        self._settle()
         self.step.begin(tokens)
+        self._on_its_way = True
         try:
             yield
         except BaseException:
             # What the step's own status would say is less than this.
-            self.step.abandon()
+            self._settle()
             raise
+
+    def _settle(self) -> None:
+        """Serves a step that was broken off, by an interrupt say, to its end, for which its stream waits.
+
+        That takes milliseconds, or until the step is given up. Interrupted again, it is left to the next call.
+        """
+        if not self._on_its_way:
+            return
+        if not self.step.failed:
+            if self._device.kind == "cuda":
+                torch.cuda.synchronize(self._device.torch_device)
+            else:
+                self._device.synchronize()
+            self.step.abandon()
+        self._on_its_way = False
 
     def _wait(self, launched: Launched) -> None:
         """Until the stream's end. Raises FiddlerError if the stream does not get there though the step was given up."""

@@ -122,7 +122,7 @@ class NativeStep:
         self._library.check(self._native.fdl_step_end(self._open(), layers), "run a captured step")
 
     def abandon(self) -> None:
-        """As `end`, after another error: whatever the step's status."""
+        """As `end`, after another error: whatever the step's status, and however many layers its stream asked for."""
         self._native.fdl_step_end(self._open(), 0)
 
     @property

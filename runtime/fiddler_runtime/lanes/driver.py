@@ -16,10 +16,7 @@ from ..errors import FiddlerError
 
 LIBRARY = "libcuda.so.1"
 
-# enum cudaError_enum
-SUCCESS = 0
-OUT_OF_MEMORY = 2
-NOT_SUPPORTED = 801
+SUCCESS = 0  # of enum cudaError_enum
 
 # CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS: the second version of these functions, of which 32 bits are a part.
 _STREAM_MEMORY_OPERATIONS = 122

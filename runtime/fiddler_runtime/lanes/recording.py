@@ -61,9 +61,6 @@ class Recording(Generic[R]):
                         if target is not None:
                             target.copy_(result)
 
-    def __len__(self) -> int:
-        return len(self._operations)
-
 
 def perform(fn: Callable[..., None], *args: Any) -> None:
     """Calls fn(*args), which uses no torch; within a recording it becomes one of its operations."""

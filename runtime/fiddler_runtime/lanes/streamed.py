@@ -11,13 +11,11 @@ from dataclasses import replace
 
 import torch
 
-from ..plan import ExpertForm
+from ..plan import STREAM_SLOTS, ExpertForm
 from .device import Device, Ticket
 from .expert import DOWN_LANES, GATE_UP_LANES
 from .resident_kernels import ExpertKernels, Held
 from .routing import Routing, Share
-
-SLOTS = 2
 
 
 class StreamedLane:
@@ -28,7 +26,7 @@ class StreamedLane:
     """
 
     def __init__(self, device: Device, kernels: ExpertKernels, *, prefetch: bool) -> None:
-        slots = SLOTS + prefetch
+        slots = STREAM_SLOTS + prefetch
         self._device = device
         self._kernels = kernels
         self._slots = [kernels.slot() for _ in range(slots)]
@@ -39,7 +37,7 @@ class StreamedLane:
 
     def start(self, routing: Routing, packed: Mapping[int, torch.Tensor]) -> deque[Ticket]:
         """Starts the first copies, as many as there are slots; resident experts can be computed meanwhile."""
-        return deque(self._fetch(slot, packed, share) for slot, share in enumerate(routing.streamed[:SLOTS]))
+        return deque(self._fetch(slot, packed, share) for slot, share in enumerate(routing.streamed[:STREAM_SLOTS]))
 
     def finish(
         self,
@@ -51,15 +49,15 @@ class StreamedLane:
     ) -> None:
         """Computes the streamed experts in the order in which they arrive; adds to out fp32 [T, H]."""
         for index, share in enumerate(routing.streamed):
-            slot = index % SLOTS
+            slot = index % STREAM_SLOTS
             self._compute(slot, hidden, routing, share, arrivals.popleft(), out)
-            if index + SLOTS < len(routing.streamed):
-                arrivals.append(self._fetch(slot, packed, routing.streamed[index + SLOTS]))
+            if index + STREAM_SLOTS < len(routing.streamed):
+                arrivals.append(self._fetch(slot, packed, routing.streamed[index + STREAM_SLOTS]))
 
     def prefetch(self, packed: torch.Tensor) -> None:
         """Starts to copy an expert that a later call of `use_prefetched` may want; the one before is forgotten."""
         self._fetched = None  # should the copy fail to start
-        arrival = self._device.on_copy_engine(self._copy, SLOTS, packed, None, after=self._free[SLOTS])
+        arrival = self._device.on_copy_engine(self._copy, STREAM_SLOTS, packed, None, after=self._free[STREAM_SLOTS])
         self._fetched = packed, arrival
 
     def use_prefetched(
@@ -75,7 +73,7 @@ class StreamedLane:
         if self._fetched is None or self._fetched[0] is not packed[share.expert]:
             self.prefetch(packed[share.expert])
         assert self._fetched is not None
-        self._compute(SLOTS, hidden, routing, share, self._fetched[1], out)
+        self._compute(STREAM_SLOTS, hidden, routing, share, self._fetched[1], out)
 
     def _compute(
         self, slot: int, hidden: torch.Tensor, routing: Routing, share: Share, arrival: Ticket, out: torch.Tensor

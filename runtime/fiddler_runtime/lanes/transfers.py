@@ -36,8 +36,3 @@ class HostBuffers:
             # With room to grow: a longer prompt is often followed by one that is longer still.
             buffer = self._buffers[name] = self._make(nbytes + nbytes // 4 + 64)
         return buffer[:nbytes].view(dtype).view(shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Of all buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())

@@ -19,6 +19,9 @@ ABI_VERSION = 6
 LAYOUT_VERSION = 1
 """Of packed experts (docs/kernels.md): packed caches on disk carry it."""
 
+STREAM_SLOTS = 2
+"""Unpacked experts of the streamed lane: one arrives while the other is computed. Prefetching has one more."""
+
 HEADER = "plan.json"
 TABLES = "tables.safetensors"
 BUILD_FILE = "kernels/CMakeLists.txt"
@@ -137,6 +140,10 @@ class ModelSpec:
     def expert_bytes(self) -> int:
         """Bytes of one expert, unpacked, in bf16."""
         return self.expert.bytes
+
+    def staging_bytes(self, prefetch: bool = False) -> int:
+        """Of the accelerator's memory, for experts that are streamed: unpacked ones, and a packed one that arrives."""
+        return (STREAM_SLOTS + prefetch) * self.expert_bytes + self.expert.packed_bytes
 
     @property
     def total_experts(self) -> int:
@@ -388,7 +395,8 @@ class Tables:
     contention      float32 [1]     gamma, relative slow-down of the CPU lane while copies run
     decode_streams  int32 [top_k + 1]  for a one-token step with that many misses: how many of them to stream whole
     prefetch        int16 [layers, experts, 2]  for a token whose first choice was an expert: the experts off the
-                    accelerator that it most likely chooses in the next layer (after the last: in the first, of the next token); or -1
+                    accelerator that it most likely chooses in the next layer (after the last: in the first, of
+                    the next token); or -1
     resident        uint8 [layers, experts]  1 where the expert lives on the accelerator
     popularity      float32 [layers, experts]  share of the layer's choices; rows sum to 1
     """

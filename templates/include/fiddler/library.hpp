@@ -295,7 +295,7 @@ void fdl_flag_wait(const uint32_t* flag, uint32_t value) {
 }
 
 int32_t fdl_probe_read(fdl_kernels* kernels, const void* data, int64_t bytes, double* gbps) {
-  if (!kernels || !data || bytes < 64 || !gbps) return FDL_E_ARGUMENT;
+  if (!kernels || !data || bytes < 4 * fdl::kRowBytes || !gbps) return FDL_E_ARGUMENT;
   return fdl::guarded(kernels, [&](fdl::Instance& here) -> int32_t {
     constexpr int64_t kPiece = 1 << 20;
     const int64_t begin = fdl::now_ns();

@@ -14,7 +14,6 @@ from fiddler_runtime.lanes.device import open_device
 from fiddler_runtime.machine import AcceleratorKind
 from fiddler_runtime.makespan import priced
 from fiddler_runtime.plan import ModelSpec, Plan
-from fiddler_runtime.preflight import STAGING_EXPERTS
 from fiddler_runtime.progress import Progress
 from fiddlerc.ir import Steps
 from fiddlerc.simulate.fiddler import Fiddler
@@ -129,7 +128,7 @@ def _packed_misses(spec: ModelSpec, residents: int) -> int:
 
 
 def _staged(spec: ModelSpec, residents: int) -> int:
-    return (residents + STAGING_EXPERTS) * spec.expert_bytes
+    return residents * spec.expert_bytes + spec.staging_bytes()
 
 
 CONTENDERS: tuple[Contender, ...] = (

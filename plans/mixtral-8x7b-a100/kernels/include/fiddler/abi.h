@@ -173,7 +173,7 @@ typedef struct fdl_step_setup {
 } fdl_step_setup;
 
 int32_t fdl_step_open(fdl_kernels*, const fdl_step_setup*, fdl_step** out);
-void fdl_step_close(fdl_step*);                       /* before its fdl_kernels; waits for a layer that is being served */
+void fdl_step_close(fdl_step*);                       /* before its fdl_kernels, after the end of its last stream */
 int32_t fdl_step_begin(fdl_step*, int64_t tokens);    /* before the stream starts; gives the status of an earlier failure */
 int32_t fdl_step_end(fdl_step*, int32_t layers);      /* after the stream's end; layers: how many it should have asked for */
 int32_t fdl_step_status(const fdl_step*);             /* at any time */
@@ -185,7 +185,7 @@ void fdl_flag_write(uint32_t* flag, uint32_t value);
 void fdl_flag_wait(const uint32_t* flag, uint32_t value);
 
 /* Measured limits of this machine, with this context's threads. */
-int32_t fdl_probe_read(fdl_kernels*, const void* data, int64_t bytes, double* gbps);
+int32_t fdl_probe_read(fdl_kernels*, const void* data, int64_t bytes, double* gbps);  /* from 512 bytes on */
 int32_t fdl_probe_peak(fdl_kernels*, double milliseconds, double* gflops); /* of this variant's multiply instruction */
 
 #ifdef __cplusplus

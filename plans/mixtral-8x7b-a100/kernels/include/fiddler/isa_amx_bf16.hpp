@@ -24,7 +24,7 @@ constexpr int64_t kPassSums = fdl::kPassTiles * fdl::kTileRows * fdl::kLanes;
 inline void configure(int64_t rows) {
   TileShapes shapes;
   for (int tile = 0; tile < 8; ++tile) {
-    shapes.row_bytes[tile] = 64;
+    shapes.row_bytes[tile] = fdl::kLineBytes;
     shapes.rows[tile] = static_cast<uint8_t>(tile < 7 ? rows : kStepPairs);
   }
   tile_configure(shapes);
@@ -55,12 +55,12 @@ template <int M, class Fetch>
 [[gnu::always_inline]] inline void multiply_step(const uint16_t* x, int64_t tile, const uint32_t* w, Fetch fetch) {
   fetch(0);
   if constexpr (M < 3) {
-    tile_load<6>(x, 64);
+    tile_load<6>(x, fdl::kLineBytes);
     fetch(1);
     tile_load_passing<7>(w, fdl::kRowBytes);
     tile_multiply<0, 6, 7>();
     if constexpr (M == 2) {
-      tile_load<5>(x + tile, 64);
+      tile_load<5>(x + tile, fdl::kLineBytes);
       tile_multiply<2, 5, 7>();
     }
     fetch(2);
@@ -69,19 +69,19 @@ template <int M, class Fetch>
     if constexpr (M == 2) tile_multiply<3, 5, 7>();
     fetch(3);
   } else {
-    tile_load_passing<6>(x, 64);
+    tile_load_passing<6>(x, fdl::kLineBytes);
     tile_load<7>(w, fdl::kRowBytes);
     tile_multiply<0, 6, 7>();
     fetch(1);
     tile_load<7>(w + kHalfRow, fdl::kRowBytes);
     tile_multiply<1, 6, 7>();
     fetch(2);
-    tile_load_passing<6>(x + tile, 64);
+    tile_load_passing<6>(x + tile, fdl::kLineBytes);
     tile_multiply<3, 6, 7>();
     tile_load<7>(w, fdl::kRowBytes);
     tile_multiply<2, 6, 7>();
     fetch(3);
-    tile_load_passing<6>(x + 2 * tile, 64);
+    tile_load_passing<6>(x + 2 * tile, fdl::kLineBytes);
     tile_multiply<4, 6, 7>();
     tile_load<7>(w + kHalfRow, fdl::kRowBytes);
     tile_multiply<5, 6, 7>();

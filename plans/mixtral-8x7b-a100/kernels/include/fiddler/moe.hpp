@@ -209,8 +209,8 @@ class MoeLayer {
       row_results_ = carver.take<float*>(rows_);
       row_scales_ = carver.take<float>(rows_);
       further_ = carver.take<Further>(call.tokens);
-      inputs_ = carver.take<char>(rows_ * input_bytes_ + kTileRows * kTileInputs * 2);
-      middle_ = carver.take<char>(rows_ * middle_bytes_ + kTileRows * kTileInputs * 2);
+      inputs_ = carver.take<char>(rows_ * input_bytes_ + kTileRows * kLineBytes);
+      middle_ = carver.take<char>(rows_ * middle_bytes_ + kTileRows * kLineBytes);
       results_ = carver.take<float>((rows_ - first_rows_) * kResultStride);
       sums_ = carver.take<float>(pool_.threads() * thread_sums());
       return carver.used();
@@ -293,8 +293,8 @@ class MoeLayer {
       if (row == unit->first_row + unit->rows) ++unit;
       const uint16_t* from = call.hidden + row_tokens_[row] * call.hidden_stride;
       if (in_lines(*unit))
-        fill_lines(from, kHidden, unit->rows * kTileInputs * 2,
-                   inputs_ + unit->first_row * input_bytes_ + (row - unit->first_row) * kTileInputs * 2);
+        fill_lines(from, kHidden, unit->rows * kLineBytes,
+                   inputs_ + unit->first_row * input_bytes_ + (row - unit->first_row) * kLineBytes);
       else
         fill_row(from, kHidden, variant_.element_bytes, inputs_ + row * input_bytes_);
     }

@@ -34,9 +34,9 @@ inline void fill_row(const uint16_t* from, int64_t inputs, int64_t element_bytes
 // `inputs` bf16 as lines of kTileInputs, `stride` bytes apart, with zeros up to the last one's end.
 inline void fill_lines(const uint16_t* from, int64_t inputs, int64_t stride, char* to) {
   const int64_t lines = inputs / kTileInputs, over = inputs % kTileInputs;
-  for (int64_t line = 0; line < lines; ++line, from += kTileInputs, to += stride) std::memcpy(to, from, kTileInputs * 2);
+  for (int64_t line = 0; line < lines; ++line, from += kTileInputs, to += stride) std::memcpy(to, from, kLineBytes);
   if (over == 0) return;
-  std::memset(to, 0, kTileInputs * 2);
+  std::memset(to, 0, kLineBytes);
   std::memcpy(to, from, static_cast<size_t>(over * 2));
 }
 

@@ -18,7 +18,6 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <new>
 
 #include "abi.h"
 #include "cpu.hpp"
@@ -94,11 +93,10 @@ class Pool {
   int nodes() const { return nodes_; }
 
   // Starts the workers, or takes the team's, pinned to cpus[1 ..] unless null. False if a thread could not be started; then
-  // none runs. Once.
+  // none runs. Once. Throws std::bad_alloc.
   bool start(const int32_t* cpus, int nodes, const fdl_team* team) {
-    workers_.reset(new (std::nothrow) Worker[threads_]);
-    gates_.reset(new (std::nothrow) Gate[divide_up(threads_, kGroup)]);
-    if (!workers_ || !gates_) return false;
+    workers_ = std::make_unique<Worker[]>(static_cast<size_t>(threads_));
+    gates_ = std::make_unique<Gate[]>(static_cast<size_t>(divide_up(threads_, kGroup)));
     for (int i = 1; i < threads_; ++i) {
       workers_[i].pool = this;
       workers_[i].index = i;

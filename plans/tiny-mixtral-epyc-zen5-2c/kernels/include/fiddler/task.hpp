@@ -14,12 +14,13 @@ enum class Phase : int32_t {
 // A tile of tokens and inputs, for variants that multiply such; the most tiles of tokens that one pass multiplies; and the
 // most blocks of outputs that passes take in turns.
 constexpr int64_t kTileRows = 16, kTileInputs = 32, kPassTiles = 3, kTileBlocks = 16;
+constexpr int64_t kLineBytes = kTileInputs * 2;  // a row of such a tile, bf16
 
 // Consecutive blocks of outputs for some of one expert's tokens.
 //
 // Activations are the variant's elements: bf16, or fp32 holding bf16 values for variants without a bf16 multiply. Each token's
 // are filled up with zeros to a multiple of kTileInputs. They lie row by row, row_bytes() apart; or, for tiles, kTileInputs of
-// each token after another, 64 bytes, then the next kTileInputs. Up to kTileRows such lines behind them may be read,
+// each token after another, a line, then the next kTileInputs. Up to kTileRows such lines behind them may be read,
 // whatever they hold, and as many rows of sums behind theirs written.
 struct Task {
   Phase phase;
