@@ -21,6 +21,7 @@ import numpy.typing as npt
 from fiddler_runtime import compat, drift, makespan, strict
 from fiddler_runtime import plan as plan_format
 from fiddler_runtime.build import build_kernels, find_toolchain
+from fiddler_runtime.checkpoint import has_weights
 from fiddler_runtime.errors import FiddlerError, FiddlerWarning
 from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import available_bytes, refused, this_machine
@@ -324,6 +325,7 @@ def calibrate(
     A model's experts are measured where they will lie when it runs: in the caches as far as the model fits there.
     """
     _require_writable(output)
+    hardware.require_name(name or output.stem, "--name")
     sizes: dict[tuple[int, int], hardware.ModelBytes] = {}
     forms = {shape: ExpertForm(*shape) for shape in (QUICK_SHAPES if quick else DEFAULT_SHAPES)} if not models else {}
     for model in models:
@@ -334,7 +336,7 @@ def calibrate(
         sizes[shape] = max(size, sizes.get(shape, size), key=lambda known: known.experts)
         forms[shape] = spec.expert  # latencies are kept by shape: activation and biases change them little
     libraries = {}
-    machine = this_machine("none")
+    machine = this_machine(accelerator)
     for shape, form in forms.items():
         sources = _generate(form, machine)
         libraries[shape] = KernelLibrary(_build(sources, progress), sources.spec)
@@ -357,8 +359,8 @@ def calibrate(
 
 
 def _measure_rest(model: str, calibration: Calibration, progress: Progress | None) -> tuple[StepSample, ...]:
-    """Steps of the model without its experts; none of a built-in name, which has no weights to run."""
-    if not Path(model).is_dir():
+    """Steps of the model without its experts; none of what has no weights to run, as a built-in name."""
+    if not _runs(model):
         return ()
     # Through a plan of its own, so that a layer costs what it costs in use: with the lanes that this calibration is of.
     with tempfile.TemporaryDirectory(prefix="fiddlerc-") as folder:
@@ -366,6 +368,10 @@ def _measure_rest(model: str, calibration: Calibration, progress: Progress | Non
         hardware.write_hardware(calibration, hw)
         compiled = compile_plan(CompileRequest(model, str(hw), Path(folder, "plan")))
         return execution.measure_rest(compiled.plan, Path(model), progress=progress)
+
+
+def _runs(model: str) -> bool:
+    return Path(model).is_dir() and has_weights(Path(model))
 
 
 def record_trace(
@@ -424,6 +430,7 @@ def record_trace(
 
 def import_counts(model: str, counts: Path, output: Path) -> Trace:
     """Published expert counts (JSON) -> trace file."""
+    _require_writable(output)
     trace = tracing.from_counts(counts, frontend.load_model(model))
     tracing.write_trace(trace, output)
     return trace
@@ -617,10 +624,11 @@ def _generate(
 def _require_writable(output: Path) -> None:
     """Before anything slow: that a file can be written there."""
     folder = next(parent for parent in output.absolute().parents if parent.exists())
-    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        found = (
-            "a directory" if output.is_dir() else f"{folder}, which is {'read-only' if folder.is_dir() else 'a file'}"
-        )
+    other = output.exists() and not output.is_file()
+    if other or not folder.is_dir() or not os.access(folder, os.W_OK):
+        found = f"{folder}, which is {'read-only' if folder.is_dir() else 'a file'}"
+        if other:
+            found = "a directory" if output.is_dir() else "a device or pipe"
         raise FiddlerError(
             f"cannot write to {output}", found=found, expected="a file in a folder to write to", hint="-o ANOTHER_FILE"
         )

@@ -18,11 +18,13 @@ OnPreflight = Callable[[Preflight], None]
 
 
 def check_model(plan: Plan, model_dir: Path) -> None:
-    """Raises FiddlerError if the model in the directory (or ONNX file) is not the one the plan was compiled for."""
+    """Raises FiddlerError if the model in the directory (or ONNX file) is not the plan's, or weights are not whole."""
     if model_dir.suffix == ".onnx":
         fiddler_runtime.ExpertWeights.load(model_dir).check(plan.header.model)
         return
     checkpoint.check_identity(plan.header.model, model_dir)
+    if checkpoint.has_weights(model_dir):
+        fiddler_runtime.ExpertWeights.load(model_dir).check(plan.header.model)
 
 
 def load_tokenizer(model_dir: Path) -> Any:

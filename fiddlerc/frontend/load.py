@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from fiddler_runtime.errors import FiddlerError
@@ -36,6 +37,8 @@ def load_model(source: str) -> ModelSpec:
             "no such model directory or built-in name",
             found=repr(source),
             expected=f"a Hugging Face directory, an ONNX file or one of {names}",
-            hint="fiddlerc compile mixtral --hw a100 -o PLAN",
+            hint=(
+                difflib.get_close_matches(source, zoo.zoo_names(), 1) or ["fiddlerc compile mixtral --hw a100 -o PLAN"]
+            )[0],
         )
     return spec

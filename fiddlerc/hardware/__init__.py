@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .calibrate import ModelBytes, measure
-from .catalog import catalog_names, load_hardware, verify_calibration, write_hardware
+from .catalog import catalog_names, load_hardware, require_name, verify_calibration, write_hardware
 from .checks import Check, doctor
 from .sampling import contradictions
 from .tuning import require_this_machine, tune
@@ -16,6 +16,7 @@ __all__ = [
     "doctor",
     "load_hardware",
     "measure",
+    "require_name",
     "require_this_machine",
     "tune",
     "verify_calibration",

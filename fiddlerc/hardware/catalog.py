@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -12,6 +9,7 @@ from typing import Literal
 from fiddler_runtime import strict
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.machine import KNOWN_ISAS
+from fiddler_runtime.whole_file import write_whole
 
 from ..ir import COPIES, Calibration, Limits, Machine, Sample, StepSample
 
@@ -65,32 +63,25 @@ def load_hardware(name_or_path: str) -> Calibration:
 
 
 def write_hardware(calibration: Calibration, path: Path) -> None:
-    """Writes canonical JSON, by a temporary file and a rename, so that `path` is never half a file.
+    """Writes canonical JSON, all of it or nothing.
 
     Raises FiddlerError if the calibration breaks a rule, or the file cannot be written.
     """
     verify_calibration(calibration, f"hardware file {path}")
-    temporary: str | None = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(strict.dump(calibration))
-            file.flush()
-            os.fsync(file.fileno())
-        # A temporary file is private to its user; a hardware file is like any other.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
+        write_whole(path, strict.dump(calibration))
     except OSError as error:
         raise FiddlerError(
             f"cannot write hardware file {path}",
             found=error.strerror or str(error),
             hint=f"mkdir -p {path.parent}   (or choose another file with -o)",
         ) from None
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+
+
+def require_name(name: str, what: str) -> None:
+    """Raises FiddlerError unless it can be part of a plan's name."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise FiddlerError(f"wrong value for {what}", found=repr(name), expected="a name, without /")
 
 
 def verify_calibration(calibration: Calibration, what: str) -> None:
@@ -100,7 +91,7 @@ def verify_calibration(calibration: Calibration, what: str) -> None:
         if not holds:
             raise FiddlerError(f"wrong value for {what}.{key}", found=found, expected=expected)
 
-    need(calibration.name != "", "name", "''", "a name")
+    require_name(calibration.name, f"{what}.name")
     need(calibration.source != "", "source", "''", "where the figures come from")
     _verify_machine(calibration.machine, need)
     _verify_limits(calibration.limits, calibration.machine.accelerator.kind != "none", need)

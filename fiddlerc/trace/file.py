@@ -6,7 +6,6 @@ One key, because safetensors writes metadata in no fixed order and the same trac
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.numpy import save
 from fiddler_runtime import strict
 from fiddler_runtime.errors import FiddlerError, hinted
 from fiddler_runtime.safetensors_header import TensorInfo, read_header
+from fiddler_runtime.whole_file import write_whole
 from fiddlerc.ir import ModelSpec, Trace
 
 from .check import check
@@ -53,7 +53,16 @@ def write_trace(trace: Trace, path: Path) -> None:
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     header = _Header(FORMAT, trace.model_fingerprint, trace.model_name, trace.source, _digest(arrays))
     data = save(arrays, metadata={_KEY: strict.dump(header).decode()})
-    _write_atomically(path, data)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, data)
+    except OSError as error:
+        raise FiddlerError(
+            f"cannot write the trace {path}",
+            found=error.strerror or str(error),
+            expected="a folder to write to, with room for it",
+            hint="-o ANOTHER_FILE",
+        ) from None
 
 
 @hinted("fiddlerc trace MODEL --text FILE -o trace.safetensors")
@@ -145,21 +154,3 @@ def _digest(arrays: _Arrays) -> str:
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise FiddlerError(
-            f"cannot write the trace {path}",
-            found=error.strerror or str(error),
-            expected="a folder to write to, with room for it",
-            hint="-o ANOTHER_FILE",
-        ) from None

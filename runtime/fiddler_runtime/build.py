@@ -17,11 +17,12 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
+import signal
 import subprocess
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,17 @@ class Toolchain:
 
 
 def cache_dir() -> Path:
-    """Where builds are kept."""
-    chosen = os.environ.get("FIDDLER_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "fiddlerc"
+    """Where builds are kept. Raises FiddlerError where that is below a home that the system does not know."""
+    chosen = os.environ.get("FIDDLER_CACHE") or "~/.cache/fiddlerc"
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError:
+        raise FiddlerError(
+            "there is no place for kernel builds",
+            found=f"{chosen}, and no such home folder",
+            expected="a writable folder",
+            hint="export FIDDLER_CACHE=/some/writable/folder",
+        ) from None
 
 
 def find_toolchain() -> Toolchain:
@@ -147,6 +156,7 @@ def _run(command: list[str], log: Path, home: Path, progress: Progress | None) -
             text=True,
             errors="replace",
             env=environment,
+            start_new_session=True,
         ) as process,
     ):
         assert process.stdout is not None
@@ -158,7 +168,7 @@ def _run(command: list[str], log: Path, home: Path, progress: Progress | None) -
                 if step and progress is not None:
                     progress(_LABEL, int(step[1]), int(step[2] or 100))
         except BaseException:
-            process.kill()
+            _stop(process)
             raise
     if process.returncode != 0:
         text = "\n".join(tail)
@@ -171,6 +181,20 @@ def _run(command: list[str], log: Path, home: Path, progress: Progress | None) -
             found=_telling_lines(tail) or f"exit status {process.returncode}",
             hint=f"less {kept}   (the whole log; `fiddlerc doctor` checks the compiler, CXX=... chooses another)",
         )
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Ends a command and all that it started, which would write on into a folder that is about to go.
+
+    Asked first: Ninja has every compiler in a process group of its own, and ends them when it is told to end.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _telling_lines(lines: list[str]) -> str:
@@ -211,8 +235,7 @@ def _digest(*parts: bytes) -> str:
 def _find_compiler() -> Path:
     chosen = os.environ.get("CXX")
     if chosen:
-        words = shlex.split(chosen)
-        path = shutil.which(words[0]) if len(words) == 1 else None
+        path = shutil.which(chosen.strip())
         if path is None:
             raise FiddlerError(
                 "CXX names no C++ compiler", found=repr(chosen), expected="one program, e.g. CXX=g++", hint="unset CXX"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.plan import read_plan
-from fiddlerc import pipeline
+from fiddlerc import hardware, pipeline
 from fiddlerc.cli import run_command_line
 
 CATALOG = Path(__file__).parents[2] / "fiddlerc" / "hardware" / "catalog"
@@ -123,3 +124,38 @@ def test_tools_on_a_plan(tool: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run_command_line([tool, str(tmp_path / "plan"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["digest"]
     assert run_command_line([tool, str(tmp_path / "plan")]) == 0
+
+
+@pytest.mark.parametrize("command", ["calibrate", "trace"])
+def test_a_pipe_is_no_place_for_a_file(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    arguments = [command, *(["--quick"] if command == "calibrate" else [str(DEMO), "--text", str(DEMO / "absent.txt")])]
+    assert run_command_line([*arguments, "-o", str(tmp_path / "pipe")]) == 1
+    assert "found a device or pipe" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", "../elsewhere"], "wrong value for --name: found '../elsewhere', expected a name, without /"),
+        (["--accelerator", "cuda"], "CUDA"),
+    ],
+)
+def test_calibrate_refuses_before_it_builds(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(pipeline, "_build", None)
+    assert run_command_line(["calibrate", "--quick", *arguments, "-o", str(tmp_path / "hw.json")]) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_weights_has_no_steps(tmp_path: Path) -> None:
+    shutil.copy(DEMO / "config.json", tmp_path)
+    assert pipeline._measure_rest(str(tmp_path), hardware.load_hardware("epyc-zen5-2c"), None) == ()

@@ -119,6 +119,11 @@ def test_a_packed_cache_beside_the_model(plan: Path, tmp_path: Path, capsys: pyt
     assert run_command_line(["run", str(plan), *arguments]) == 0
     assert len(list((model / "fiddler-packed").rglob("layer-*.safetensors"))) == 6
     assert run_command_line(["verify", str(plan), "--model", str(model)]) == 0
+    with (model / "model.safetensors").open("r+b") as file:
+        file.truncate(5_000_000)
+    capsys.readouterr()
+    assert run_command_line(["verify", str(plan), "--model", str(model)]) == 1
+    assert "is truncated" in capsys.readouterr().err
 
 
 def test_a_trace_through_the_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

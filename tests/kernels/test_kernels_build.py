@@ -124,6 +124,8 @@ def test_an_interrupted_build_leaves_nothing(sources: Path, tmp_path: Path) -> N
         build.build_kernels(sources, progress=interrupt)
     left = [path.name for path in (tmp_path / "cache" / "kernels").iterdir() if path.suffix != ".lock"]
     assert left == []
+    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.exists()]
+    assert not [line for line in running if str(tmp_path / "cache").encode() in line], "compilers go on"
     assert build.build_kernels(sources).is_file()
 
 
@@ -157,9 +159,18 @@ def test_a_wrong_compiler_is_named(sources: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(FiddlerError, match="CXX names no C\\+\\+ compiler: found 'no-such-compiler'"):
         build.build_kernels(sources)
+    monkeypatch.setenv("CXX", "g++'")
+    with pytest.raises(FiddlerError, match="CXX names no C\\+\\+ compiler"):
+        build.find_toolchain()
     monkeypatch.setenv("CXX", shutil.which("false") or "/bin/false")
     with pytest.raises(FiddlerError, match="does not work"):
         build.build_kernels(sources)
+
+
+def test_an_unknown_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIDDLER_CACHE", "~no-such-user/builds")
+    with pytest.raises(FiddlerError, match="found ~no-such-user/builds, and no such home folder"):
+        build.cache_dir()
 
 
 def test_a_cache_that_cannot_be_written(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,7 +182,9 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     assert caught.value.hint is not None and caught.value.hint.startswith("mkdir -p")
 
 
-def test_a_broken_calibration_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(FiddlerError, match=r"\.name: found ''"):
-        write_hardware(replace(load_hardware("a100"), name=""), tmp_path / "hw.json")
+@pytest.mark.parametrize("name", ["", "..", "../elsewhere", "/etc"])
+def test_a_broken_calibration_is_not_written(tmp_path: Path, name: str) -> None:
+    """The name is part of the folder that a plan is written to by default."""
+    with pytest.raises(FiddlerError, match=rf"\.name: found '{name}', expected a name, without /"):
+        write_hardware(replace(load_hardware("a100"), name=name), tmp_path / "hw.json")
     assert list(tmp_path.iterdir()) == []

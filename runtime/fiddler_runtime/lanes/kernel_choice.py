@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import math
-import os
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from .. import strict
 from ..build import cache_dir
 from ..errors import FiddlerError, FiddlerWarning
 from ..plan import ExpertForm
+from ..whole_file import write_whole
 from .expert import UnpackedExpert
 from .resident_kernels import KERNELS, Choice, ExpertKernels, Held, Kernel, Layout
 from .routing import Share
@@ -228,11 +228,6 @@ def _read(path: Path, empty: Record) -> Record | None:
 
 def _write(path: Path, record: Record) -> None:
     """Whole or not at all. A cache that cannot be written costs the next start a measurement, nothing else."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            scratch.write_bytes(strict.dump(record))
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_whole(path, strict.dump(record))

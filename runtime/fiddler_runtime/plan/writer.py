@@ -74,6 +74,9 @@ def _normal(header: Header) -> Header:
 
 def check_destination(dest: Path) -> None:
     """Raises FiddlerError unless a plan can be written there: at a new name, or in place of an older plan."""
+    folder = _nearest(dest)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _refused(dest, PermissionError(errno.EACCES, ""), 0)
     if not os.path.lexists(dest):
         return
     expected = "a new name, or a plan to replace"
@@ -97,6 +100,11 @@ def check_destination(dest: Path) -> None:
             expected="nothing but the plan",
             hint=f"move {foreign[0]!r} elsewhere, or choose another -o",
         )
+
+
+def _nearest(dest: Path) -> Path:
+    """The folder that it is made in: its own, or the one that that is made in."""
+    return next(parent for parent in Path(os.path.abspath(dest)).parents if parent.is_dir())
 
 
 def _listed(dest: Path) -> set[str]:
@@ -172,7 +180,7 @@ def _refused(dest: Path, error: OSError, needed: int) -> FiddlerError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return FiddlerError(
             what,
-            found=f"no permission to write in {Path(os.path.abspath(dest)).parent}",
+            found=f"no permission to write in {_nearest(dest)}",
             hint="choose another -o, in a directory that you may write to",
         )
     return FiddlerError(what, found=error.strerror or str(error), hint="choose another -o")
