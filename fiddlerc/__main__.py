@@ -8,8 +8,10 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line; exits with its status. One that is told to stop removes what is half done: 143."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Runs the command line; exits with its status. One that is told to stop removes what is half done: 143, 129."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda told, _: sys.exit(128 + told))
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that the locale cannot write
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import re
 import shlex
 import sys
@@ -474,7 +475,7 @@ def run(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     beams: Annotated[int, typer.Option(min=1, max=MOST_BEAMS, help="Beam search with this many beams.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="Sample so hot; 0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sample at this temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling.")] = 0,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say what was decided, predicted and measured.")] = False,
@@ -492,6 +493,8 @@ def run(
     """Generate text through a plan."""
     from . import pipeline
 
+    if not math.isfinite(temperature):
+        raise FiddlerError("wrong value for --temperature", found=temperature, expected="a number, 0 or more")
     request = pipeline.execution.RunRequest(
         model_dir=model,
         prompt=_prompt(prompt),

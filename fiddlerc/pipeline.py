@@ -623,12 +623,13 @@ def _generate(
 
 def _require_writable(output: Path) -> None:
     """Before anything slow: that a file can be written there."""
-    folder = next(parent for parent in output.absolute().parents if parent.exists())
-    other = output.exists() and not output.is_file()
+    output = Path(os.path.realpath(output))
+    folder = next((parent for parent in output.parents if os.path.exists(parent)), output)
+    other = os.path.exists(output) and not os.path.isfile(output)
     if other or not folder.is_dir() or not os.access(folder, os.W_OK):
         found = f"{folder}, which is {'read-only' if folder.is_dir() else 'a file'}"
         if other:
-            found = "a directory" if output.is_dir() else "a device or pipe"
+            found = "a directory" if os.path.isdir(output) else "a device or pipe"
         raise FiddlerError(
             f"cannot write to {output}", found=found, expected="a file in a folder to write to", hint="-o ANOTHER_FILE"
         )

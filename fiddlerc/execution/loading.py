@@ -23,7 +23,7 @@ def check_model(plan: Plan, model_dir: Path) -> None:
         fiddler_runtime.ExpertWeights.load(model_dir).check(plan.header.model)
         return
     checkpoint.check_identity(plan.header.model, model_dir)
-    if checkpoint.has_weights(model_dir):
+    if checkpoint.has_weights(model_dir) and not plan.header.model.from_onnx:
         fiddler_runtime.ExpertWeights.load(model_dir).check(plan.header.model)
 
 

@@ -33,12 +33,11 @@ def load_model(source: str) -> ModelSpec:
         )
     spec = zoo.find(source)
     if spec is None:
+        near = difflib.get_close_matches(source, zoo.zoo_names(), 1) or ["mixtral"]
         raise FiddlerError(
             "no such model directory or built-in name",
             found=repr(source),
             expected=f"a Hugging Face directory, an ONNX file or one of {names}",
-            hint=(
-                difflib.get_close_matches(source, zoo.zoo_names(), 1) or ["fiddlerc compile mixtral --hw a100 -o PLAN"]
-            )[0],
+            hint=f"fiddlerc compile {near[0]} --hw a100 -o PLAN",
         )
     return spec

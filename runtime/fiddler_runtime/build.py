@@ -190,8 +190,8 @@ def _stop(process: subprocess.Popen[str]) -> None:
     """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
         for _ in range(100):
+            process.poll()
             os.killpg(process.pid, 0)
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)

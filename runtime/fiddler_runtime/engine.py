@@ -59,7 +59,7 @@ class Engine:
                 the next engine starts at once, and engines share memory (docs/runtime.md). Default: they are packed
                 into memory of the engine's own
     whole_model  leave the accelerator memory that the plan counts for a KV cache and activations: where there is less,
-                residents are given up for it, with a warning
+                residents are given up for it, with a warning. Whether all fits the caller has checked (`survey`)
     progress    called with (label, done, total) while kernels are built and weights are loaded
 
     One thread at a time runs `moe`; others wait. An engine does not survive fork: make it in the child.

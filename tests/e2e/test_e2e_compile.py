@@ -126,6 +126,11 @@ def test_tools_on_a_plan(tool: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run_command_line([tool, str(tmp_path / "plan")]) == 0
 
 
+def test_the_root_is_no_place_for_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command_line(["compile", str(DEMO), "--hw", "a100", "--no-build", "-o", "/"]) == 1
+    assert "cannot write the plan to /" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["calibrate", "trace"])
 def test_a_pipe_is_no_place_for_a_file(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo(tmp_path / "pipe")

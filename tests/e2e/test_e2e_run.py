@@ -149,6 +149,8 @@ def test_bench_compares_all_scenarios(plan: Path, capsys: pytest.CaptureFixture[
         (["--prompt", "a", "--beams", "2", "--stream"], "cannot be streamed"),
         (["--prompt", "a", "--isa", "sse9"], "sse9"),
         (["--prompt", "a", "--strategies", "magic"], "magic"),
+        (["--prompt", "a", "--temperature", "inf"], "wrong value for --temperature: found inf"),
+        (["--prompt", "a", "--temperature", "nan"], "wrong value for --temperature: found nan"),
     ],
 )
 def test_mistakes(arguments: list[str], found: str, plan: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,11 +174,10 @@ def test_a_failed_write_leaves_what_was_there(good: Trace, tmp_path: Path, monke
     write_trace(good, path)
     before = path.read_bytes()
 
-    def interrupted(self: Path, data: bytes) -> int:
-        self.touch()
+    def interrupted(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    monkeypatch.setattr("os.fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_trace(replace(good, source="another"), path)
     assert path.read_bytes() == before

@@ -18,7 +18,7 @@ from fiddler_runtime import Engine, ExpertWeights, FiddlerError
 from fiddler_runtime.captured.entry import Entry, ThreadFlags
 from fiddler_runtime.captured.layers import CapturedLayers
 from fiddler_runtime.dispatch import Dispatcher
-from fiddler_runtime.lanes.device import CannotCapture
+from fiddler_runtime.lanes.device import CannotCapture, _InQueue
 from fiddler_runtime.lanes.recording import Recording
 
 SPEC = runtime_samples.small_spec()
@@ -209,20 +209,16 @@ def test_an_interrupted_step_runs_to_its_end(
         expected = layers.replay(captured).clone()
     stream = threading.Event()
     engine._device.submit(stream.wait)
-    interrupted: list[object] = []
+    plain, interrupts = _InQueue.wait, iter(range(1 + again))
 
-    def interrupt(*_: object) -> bool:
-        if len(interrupted) > 1:
-            stream.set()
-        interrupted.append(None)
-        raise KeyboardInterrupt
+    def wait(launched: _InQueue, seconds: float) -> bool:
+        for _ in interrupts:
+            raise KeyboardInterrupt
+        stream.set()
+        return plain(launched, seconds)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fiddler_runtime.lanes.device._InQueue.wait", interrupt)
-        if again:
-            patch.setattr(engine._device, "synchronize", interrupt)
-        else:
-            stream.set()
+        patch.setattr(_InQueue, "wait", wait)
         with pytest.raises(KeyboardInterrupt), engine.captured() as layers:
             layers.replay(captured)
     stream.set()

@@ -214,6 +214,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
     error = error_of("mixtral-9x9b")
     assert error.what == "no such model directory or built-in name"
     assert all(name in str(error.expected) for name in zoo_names())
+    assert error_of("olmo").hint == "fiddlerc compile olmoe --hw a100 -o PLAN"
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:

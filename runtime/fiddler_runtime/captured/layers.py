@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -72,6 +72,7 @@ class CapturedLayers:
         self._within: int | None = None
         self._asked = 0  # layers of the step that is being captured
         self._on_its_way = False  # whether a step has begun that was neither ended nor abandoned
+        self._launched: Launched | None = None
 
     def within(self) -> bool:
         """Whether the calling thread is capturing: its calls of Engine.moe belong here."""
@@ -133,11 +134,11 @@ class CapturedLayers:
         self.step.end(captured.layers)
         self._done(self.step)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _running(self, tokens: int) -> Iterator[None]:
         self._settle()
         self.step.begin(tokens)
-        self._on_its_way = True
+        self._on_its_way, self._launched = True, None
         try:
             yield
         except BaseException:
@@ -153,15 +154,17 @@ class CapturedLayers:
         if not self._on_its_way:
             return
         if not self.step.failed:
-            if self._device.kind == "cuda":
-                torch.cuda.synchronize(self._device.torch_device)
-            else:
-                self._device.synchronize()
+            with contextlib.suppress(Exception):  # who broke it off is told of that, not of what comes of it
+                if self._launched is None:  # interrupted while it was captured
+                    self._device.synchronize()
+                else:
+                    self._wait(self._launched)
             self.step.abandon()
         self._on_its_way = False
 
     def _wait(self, launched: Launched) -> None:
         """Until the stream's end. Raises FiddlerError if the stream does not get there though the step was given up."""
+        self._launched = launched
         looks = 0
         while not launched.wait(_LOOK_S):
             looks += self.step.failed
@@ -173,7 +176,8 @@ class CapturedLayers:
                 )
 
     def close(self) -> None:
-        """Ends the native threads. Calling it again does nothing."""
+        """Ends the native threads, after a step that was broken off. Calling it again does nothing."""
+        self._settle()
         self.step.close()
         self.entry.close()
 

@@ -104,7 +104,8 @@ def check_destination(dest: Path) -> None:
 
 def _nearest(dest: Path) -> Path:
     """The folder that it is made in: its own, or the one that that is made in."""
-    return next(parent for parent in Path(os.path.abspath(dest)).parents if parent.is_dir())
+    path = Path(os.path.abspath(dest))
+    return next((parent for parent in path.parents if os.path.isdir(parent)), path)
 
 
 def _listed(dest: Path) -> set[str]:

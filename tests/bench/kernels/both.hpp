@@ -16,6 +16,7 @@ template <class Isa, int kPlaces, int kTokens>
   typename Isa::Vector acc[kSums] = {};
   typename Isa::Element zeros[2] = {};
   const typename Isa::Inputs inputs = Isa::template broadcast<0>(zeros);
+  for (auto& sum : acc) asm volatile("" : "+v"(sum));  // none is known to be another
   const int64_t own = pairs < AHEAD ? 0 : pairs - AHEAD;
   const uint32_t* ahead = w + AHEAD * fdl::kLanes;
   for (int64_t p = 0; p < pairs; ++p, w += fdl::kLanes, ahead += fdl::kLanes) {

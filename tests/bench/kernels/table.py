@@ -9,6 +9,9 @@ from typing import Any
 from .measure import Peaks
 from .statistics import Sample, paired, spread
 
+NO_PEERS = ("against", "both")
+"""Contenders that are this project's own."""
+
 
 def row(samples: Mapping[str, Sequence[Sample]], peaks: Peaks) -> dict[str, Any]:
     """The figures of one row: for each contender, the first being ours.
@@ -102,7 +105,11 @@ def best_peers(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = []
         for count in counts:
             peers = [(n, f) for m in members if m["tokens"] == count for n, f in m["figures"].items()]
-            ratios = [(f["ours_times_faster"]["median"], n) for n, f in peers if f.get("ours_times_faster")]
+            ratios = [
+                (f["ours_times_faster"]["median"], name)
+                for name, f in peers
+                if f.get("ours_times_faster") and name not in NO_PEERS
+            ]
             cells.append("{:.2f} {}".format(*min(ratios)) if ratios else "-")
         out.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(out)
