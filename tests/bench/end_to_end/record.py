@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.whole_file import write_whole
 
 from .configurations import Configuration
 
@@ -70,11 +70,9 @@ class Record:
     def write(self) -> None:
         """Replaces the file at once."""
         value = {key: getattr(self, key) for key in ("setup", "about", "runs", "checks", "predicted")}
-        scratch = self.path.with_name(self.path.name + ".part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps({"format": FORMAT, **value}, indent=1) + "\n", encoding="utf-8")
-            os.replace(scratch, self.path)
+            write_whole(self.path, (json.dumps({"format": FORMAT, **value}, indent=1) + "\n").encode())
         except OSError as error:
             raise FiddlerError(f"cannot write {self.path}", found=error.strerror, hint="--output FOLDER") from None
 

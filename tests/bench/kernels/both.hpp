@@ -1,5 +1,5 @@
 // What a core can do at once: in place of a kernel, a loop that reads a task's weights, once, and multiplies registers as
-// often as the task has to. No inputs are read, no sums stored; results are whatever was there. both.py says PLACES, the places
+// often as the task has to, at least. No inputs are read, no sums stored; results are whatever was there. both.py says PLACES, the places
 // of a block's depth that are read in turn, AHEAD, the rows that are fetched ahead at each, and the cache LEVEL.
 #pragma once
 

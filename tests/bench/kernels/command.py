@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import gc
 import json
-import os
 import shutil
 import sys
 import time
@@ -20,6 +19,7 @@ import torch
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import Machine, this_machine
+from fiddler_runtime.whole_file import write_whole
 
 from . import check, plot, pool, table
 from .both import Both
@@ -307,10 +307,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _write(path: Path | None, record: dict[str, Any]) -> None:
     if path is None:
         return
-    scratch = path.with_name(path.name + ".part")
     try:
-        scratch.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
+        write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
     except OSError as error:
         raise FiddlerError(f"cannot write {path}", found=error.strerror) from None
 
