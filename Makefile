@@ -12,7 +12,7 @@ FAST   := -m 'not slow and not gpu'
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
 
-.PHONY: demo test check test-gpu test-sanitizers plans models golden clean
+.PHONY: demo test check test-gpu test-nodes test-sanitizers plans models golden clean
 
 # torch goes first: with it in place, no other requirement can pull in a different build of it.
 $(READY): pyproject.toml constraints.txt
@@ -57,6 +57,11 @@ check: $(READY)
 # Part of `make test` too: the kernels under AddressSanitizer, UBSan and ThreadSanitizer.
 test-sanitizers: $(READY)
 	$(BIN)/pytest -rP tests/sanitizers
+
+# Where the weights lie on a machine with several memory nodes, emulated: needs QEMU (tests/nodes.sh).
+test-nodes: $(READY)
+	tests/nodes.sh 2
+	tests/nodes.sh 4
 
 # On a machine with an NVIDIA GPU: its tests, and what they measured, in build/test-gpu.log. Needs a CUDA build of torch.
 test-gpu: $(READY)

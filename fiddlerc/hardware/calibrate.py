@@ -16,7 +16,7 @@ import torch
 from fiddler_runtime.errors import FiddlerError, FiddlerWarning
 from fiddler_runtime.kernels import KernelLibrary, Kernels
 from fiddler_runtime.lanes.device import Device, open_device
-from fiddler_runtime.machine import Machine, cpu_lane_threads, this_machine
+from fiddler_runtime.machine import Machine, cpu_lane_threads, lane_cpus, this_machine
 from fiddler_runtime.plan import packed_bytes
 from fiddler_runtime.progress import Progress
 
@@ -130,7 +130,7 @@ def measure(
             model = (models or {}).get(shape, ModelBytes(cache, ATTENTION_BYTES))
             rotated = min(cache, model.experts)
             session.displaced = displaced_bytes(model, machine)
-            with library.open(None, threads, beside_torch=device.kind == "none") as kernels:
+            with library.open(None, threads, cpus=lane_cpus(threads), beside_torch=device.kind == "none") as kernels:
                 session.watch(kernels)
                 # Weights that lie in a cache are read at the same rate whatever the memory does.
                 session.kernels = kernels if rotated > machine.l3_bytes else None
@@ -300,7 +300,8 @@ def _limits(session: _Session, library: KernelLibrary, threads: int, device: Dev
     """
     probes = 5 if quick else 20
     read = 0.0, 0.0, 0.0
-    with library.open(None, threads, beside_torch=device.kind == "none") as kernels:
+    with library.open(None, threads, cpus=lane_cpus(threads), beside_torch=device.kind == "none") as kernels:
+        kernels.settle_probed(session.probed)
         for _ in range(probes):
             session.read_memory(kernels)
         peak = max(kernels.peak_gflops(4 * PROBE_MS) for _ in range(probes))

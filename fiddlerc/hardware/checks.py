@@ -22,6 +22,7 @@ from fiddler_runtime.machine import (
     cpu_lane_threads,
     find_accelerator,
     refused,
+    refuses_placement,
     this_machine,
 )
 
@@ -107,11 +108,16 @@ def _memory(machine: Machine) -> Iterator[Check]:
         yield Check("memory", "ok", f"{_size(machine.memory_bytes)} usable", "")
     else:
         yield Check("memory", "note", "the system does not tell", "")
+    denied = refuses_placement() if machine.numa_nodes > 1 else ""
     if machine.numa_nodes == 1:
         yield Check("NUMA", "ok", "1 node", "")
+    elif denied:
+        detail = (
+            f"{machine.numa_nodes} nodes, but mbind is refused ({denied}): weights lie where they are first written"
+        )
+        yield Check("NUMA", "note", detail, "in a container: docker run --cap-add SYS_NICE ...")
     else:
-        detail = f"{machine.numa_nodes} nodes: weights are parted over them, each read by threads of its own node"
-        yield Check("NUMA", "note", f"{detail}; a packed cache lies where the system read it to", "")
+        yield Check("NUMA", "ok", f"{machine.numa_nodes} nodes: weights lie on the one whose threads read them", "")
 
 
 def _build_tools() -> Iterator[Check]:

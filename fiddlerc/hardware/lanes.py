@@ -43,13 +43,16 @@ _LEAST_PROBE_BYTES = 256 << 20
 _LAUNCHES = 100
 
 
-def random_weights(nbytes: int) -> torch.Tensor:
+def random_weights(nbytes: int, kernels: Kernels | None = None) -> torch.Tensor:
     """bf16 noise of a trained matrix's size, nbytes / 2 elements: a mebibyte of it, over and over (it is quick).
 
     In the memory that the engine keeps weights in: off huge pages they are read more slowly.
+    kernels  whose packed experts these are to be
     """
     pattern = torch.empty(1 << 19).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0)).to(_BF16)
     out = arena.allocate(nbytes)
+    if kernels is not None:
+        kernels.settle(out)
     whole = out.numel() // pattern.numel() * pattern.numel()
     out[:whole].view(-1, pattern.numel()).copy_(pattern.expand(whole // pattern.numel(), -1))
     out[whole:].copy_(pattern[: out.numel() - whole])
@@ -73,7 +76,7 @@ class CpuExpert:
         self.entry_us = 0.0
         self._hidden_size = kernels.library.spec.hidden_size
         nbytes = kernels.library.packed_bytes
-        self._weights = random_weights(copies * nbytes)
+        self._weights = random_weights(copies * nbytes, kernels)
         addresses = [self._weights.data_ptr() + index * nbytes for index in range(copies)]
         self._experts = _TOGETHER if nbytes <= _SMALL_BYTES else 1
         groups = range(0, max(1, copies - self._experts + 1), self._experts)

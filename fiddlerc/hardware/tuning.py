@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary
-from fiddler_runtime.machine import cpu_lane_threads, this_machine
+from fiddler_runtime.machine import cpu_lane_threads, lane_cpus, this_machine
 from fiddler_runtime.progress import Progress
 
 from ..ir import Blocking, Calibration, TunedCandidate, Tuning
@@ -72,7 +72,7 @@ def tune(
     nbytes = builds[0][2].packed_bytes
     times = np.empty((effort.rounds, len(builds), len(effort.tokens)))
     with ExitStack() as stack:
-        kernels = [stack.enter_context(library.open(isa, threads)) for _, _, library in builds]
+        kernels = [stack.enter_context(library.open(isa, threads, cpus=lane_cpus(threads))) for _, _, library in builds]
         first = CpuExpert(kernels[0], rotated_copies(nbytes, rotated_bytes(machine), machine))
         lanes = [first, *(first.on(other) for other in kernels[1:])]
         guard = Guard(partial(kernels[0].peak_gflops, PROBE_MS))

@@ -405,6 +405,7 @@ class Engine:
             "kernel": symbols[self._kernels.isa],
             "threads": self._kernels.threads,
             "whose_threads": self._kernels.whose_threads,
+            "memory_nodes": list(self._kernels.nodes),
             "library": str(self._library.path),
             "accelerator_kernels": str(self._expert_kernels),
             "resident_experts": resident,

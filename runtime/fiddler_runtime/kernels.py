@@ -24,13 +24,14 @@ import numpy.typing as npt
 import torch
 
 from .errors import FiddlerError
-from .machine import KNOWN_ISAS, refused, usable_cores
+from .machine import KNOWN_ISAS, NodeCpus, refused, threads_of_nodes, usable_cores
 from .openmp import TeamStruct, torch_team
-from .plan import ABI_VERSION, KernelSpec
+from .plan import ABI_VERSION, KernelSpec, packed_blocks
 
-_OK, _E_ISA = 0, -1
+_OK, _E_ISA, _E_PLACE = 0, -1, -6
 _ALIGNMENT = 64
 _LEAST_READ = 512
+_PROBED_PIECE = 1 << 20  # kPiece of fdl_probe_read
 _LEAVE_IT = "leave the instruction set to the runtime, which takes the best that runs here"
 # struct fdl_moe_call. A call has streamed weights through the caches; the fewer Python objects the next one needs, the
 # fewer come from memory again. (A ctypes.Structure takes several times as long.)
@@ -130,15 +131,15 @@ class KernelLibrary:
         isa: str | None = None,
         threads: int | None = None,
         *,
-        cpus: Sequence[Sequence[int]] | None = None,
+        cpus: Sequence[NodeCpus] | None = None,
         beside_torch: bool = False,
     ) -> Kernels:
         """Starts a variant with its thread pool.
 
         isa      None for the first usable one of `isas`; it is never replaced by another
         threads  counting the caller; None is one per usable core
-        cpus     of each memory node, equally many: where the threads run, one after another (but the caller, who is the
-                 first, is left alone), each node's on its share of an expert's weights; None pins nothing
+        cpus     of each memory node (machine.lane_cpus): where the threads run, one after another (but the caller, who
+                 is the first, is left alone), each node's on its share of an expert's weights; None pins nothing
         beside_torch  torch computes on the CPU in turns with these kernels: they run on its threads if they can
         Raises FiddlerError if the instruction set cannot be used here or a thread cannot be started.
         """
@@ -147,24 +148,25 @@ class KernelLibrary:
         count = usable_cores() if threads is None else threads
         if not 1 <= count <= 1024:
             raise FiddlerError("cannot start the kernel's threads", found=count, expected="1 to 1024 threads")
-        pinned = None
-        nodes = 1
+        pinned = nodes = None
+        node_count = 0 if cpus is None else len(cpus)
         if cpus is not None:
-            nodes = len(cpus)
-            if {len(of_node) * nodes for of_node in cpus} != {count}:
+            if not cpus or [len(of.cpus) for of in cpus] != threads_of_nodes(count, node_count):
                 raise FiddlerError(
                     "cannot pin the kernel's threads",
-                    found=f"CPUs by node: {[list(of_node) for of_node in cpus]}",
-                    expected=f"{count}, one per thread, equally many of each node",
+                    found=f"CPUs by node: {[list(of.cpus) for of in cpus]}",
+                    expected=f"{count}, one per thread, of each node as many as of the others, or one more",
                 )
-            pinned = (c_int32 * count)(*itertools.chain.from_iterable(cpus))
+            pinned = (c_int32 * count)(*itertools.chain.from_iterable(of.cpus for of in cpus))
+            nodes = (c_int32 * node_count)(*(of.node for of in cpus))
         team = torch_team(count) if beside_torch else None
         handle = c_void_p()
-        status = self._native.fdl_open(isa.encode() if isa else None, count, pinned, nodes, team, byref(handle))
+        name = isa.encode() if isa else None
+        status = self._native.fdl_open(name, count, pinned, nodes, node_count, team, byref(handle))
         if isa is not None and status == _E_ISA:
             self._refuse(isa)
         self.check(status, "open kernels")
-        return Kernels(self, handle, count, "torch's" if team else "own")
+        return Kernels(self, handle, count, "torch's" if team else "own", tuple(of.node for of in cpus or ()))
 
     def check(self, status: int, what: str) -> None:
         """Raises FiddlerError for a status of the C interface other than FDL_OK."""
@@ -203,10 +205,13 @@ class Kernels:
     Every method raises FiddlerError if a tensor's dtype, shape or memory layout is not what its docstring says.
     """
 
-    def __init__(self, library: KernelLibrary, handle: c_void_p, threads: int, whose_threads: str) -> None:
+    def __init__(
+        self, library: KernelLibrary, handle: c_void_p, threads: int, whose_threads: str, nodes: tuple[int, ...]
+    ) -> None:
         self.library = library
         self.threads = threads
         self.whose_threads = whose_threads
+        self.nodes = nodes  # memory nodes that the threads are pinned to; () where there is one
         self._handle: c_void_p | None = handle
         self._native = library.native
         self._moe = library.native.fdl_moe
@@ -243,6 +248,33 @@ class Kernels:
                 raise FiddlerError(f"wrong {name} to unpack to", found=_shown(matrix), expected="contiguous")
         expert = self._weights(gate, up, down, packed, biases)
         self.library.check(self._native.fdl_unpack(self._open(), packed.data_ptr(), byref(expert)), "unpack an expert")
+
+    def settle(self, packed: torch.Tensor, *, present: bool = False) -> bool:
+        """Puts the memory of packed experts, bf16 [..., packed_bytes / 2], on the nodes of the threads that read it.
+
+        present  its pages are there, or in a mapped file, and move. Else nobody may have written to it before
+        False where the system refuses; then it is left to where the threads first write or read it. Nothing happens,
+        and True is returned, where the threads are on one node.
+        """
+        settled = True
+        spec = self.library.spec
+        for expert in range(0, packed.nbytes, self.library.packed_bytes):
+            start = packed.data_ptr() + expert
+            for blocks, nbytes in packed_blocks(spec.hidden_size, spec.intermediate_size):
+                settled &= self._settle(start, blocks, nbytes, present)
+                start += blocks * nbytes
+        return settled
+
+    def settle_probed(self, data: torch.Tensor) -> bool:
+        """The same for what `read_gbps` reads."""
+        pieces = max(1, data.nbytes // _PROBED_PIECE)
+        return self._settle(data.data_ptr(), pieces, min(data.nbytes, _PROBED_PIECE), True)
+
+    def _settle(self, address: int, tasks: int, task_bytes: int, present: bool) -> bool:
+        status: int = self._native.fdl_settle(self._open(), address, tasks, task_bytes, present)
+        if status != _E_PLACE:
+            self.library.check(status, "place an expert")
+        return status == _OK
 
     def moe(
         self,
@@ -449,11 +481,18 @@ def _declare(native: Any) -> None:
         "fdl_error_text": (c_char_p, (c_int32,)),
         "fdl_packed_bytes": (c_int64, ()),
         "fdl_isa_usable": (c_int32, (c_char_p,)),
-        "fdl_open": (c_int32, (c_char_p, c_int32, POINTER(c_int32), c_int32, POINTER(TeamStruct), POINTER(c_void_p))),
+        "fdl_open": (
+            c_int32,
+            (
+                *(c_char_p, c_int32, POINTER(c_int32), POINTER(c_int32), c_int32),
+                *(POINTER(TeamStruct), POINTER(c_void_p)),
+            ),
+        ),
         "fdl_close": (None, (c_void_p,)),
         "fdl_isa": (c_char_p, (c_void_p,)),
         "fdl_pack": (c_int32, (c_void_p, POINTER(_Expert), c_void_p)),
         "fdl_unpack": (c_int32, (c_void_p, c_void_p, POINTER(_Expert))),
+        "fdl_settle": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, c_int32)),
         "fdl_moe": (c_int32, (c_void_p, c_char_p)),  # _PACK_MOE_CALL
         "fdl_dispatch": (
             c_int32,

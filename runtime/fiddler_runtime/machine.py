@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .errors import FiddlerError
 
@@ -33,6 +33,8 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
 
 # arch_prctl(ARCH_GET_XCOMP_SUPP), from Linux 5.16 on: the registers that are handed out on request. Tiles are bit 18.
 _ARCH_PRCTL, _GET_SUPPORTED, _TILE_DATA = 158, 0x1021, 18
+
+_MBIND = 237  # of x86-64; with a length of 0 it does nothing
 
 _CGROUP = "sys/fs/cgroup"
 # cgroup v1 writes "no limit" as the largest page-aligned number.
@@ -199,21 +201,44 @@ def core_cpus(root: Path = Path("/"), affinity: Iterable[int] | None = None) -> 
     return tuple(chosen)
 
 
+class NodeCpus(NamedTuple):
+    """CPUs of one memory node, as the system numbers both."""
+
+    node: int
+    cpus: tuple[int, ...]
+
+
+def threads_of_nodes(threads: int, nodes: int) -> list[int]:
+    """How many threads the kernels have on each of so many memory nodes (fdl_open): alike, or one more on some."""
+    return [threads * (node + 1) // nodes - threads * node // nodes for node in range(nodes)]
+
+
 def lane_cpus(
     threads: int, root: Path = Path("/"), affinity: Iterable[int] | None = None
-) -> tuple[tuple[int, ...], ...] | None:
-    """Where to pin the CPU lane's threads: cores of each memory node, equally many of each.
+) -> tuple[NodeCpus, ...] | None:
+    """Where to pin the CPU lane's threads: cores of every memory node, equally many of each or one more.
 
-    None on a machine of one node, where the system may move threads as it likes, and if that does not come out even.
+    None on a machine of one node, where the system may move threads as it likes, and if a node has too few cores.
     """
-    nodes: dict[str, list[int]] = {}
+    nodes: dict[int, list[int]] = {}
     for cpu in core_cpus(root, affinity):
-        node = next((root / f"sys/devices/system/cpu/cpu{cpu}").glob("node[0-9]*"), None)
-        nodes.setdefault("" if node is None else node.name, []).append(cpu)
-    each = threads // len(nodes)
-    if len(nodes) < 2 or each * len(nodes) != threads or any(len(cpus) < each for cpus in nodes.values()):
+        folder = next((root / f"sys/devices/system/cpu/cpu{cpu}").glob("node[0-9]*"), None)
+        nodes.setdefault(0 if folder is None else int(folder.name.removeprefix("node")), []).append(cpu)
+    count = len(nodes)
+    if not 2 <= count <= threads:
         return None
-    return tuple(tuple(cpus[:each]) for cpus in nodes.values())
+    shares = threads_of_nodes(threads, count)
+    fewest_cores_first = sorted(nodes.items(), key=lambda item: (min(len(item[1]), max(shares)), item[0]))
+    by_place = sorted(zip(sorted(range(count), key=lambda i: shares[i]), fewest_cores_first, strict=True))
+    if any(len(cpus) < shares[place] for place, (_, cpus) in by_place):
+        return None
+    return tuple(NodeCpus(node, tuple(cpus[: shares[place]])) for place, (node, cpus) in by_place)
+
+
+def refuses_placement() -> str:
+    """Why the system places no memory on a node (mbind); "" if it does, or has but one."""
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    return "" if call(_MBIND, 0, 0, 0, 0, 0, 0) == 0 else os.strerror(ctypes.get_errno())
 
 
 def usable_cores(root: Path = Path("/"), affinity: Iterable[int] | None = None) -> int:

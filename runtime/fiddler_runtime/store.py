@@ -17,6 +17,7 @@ from .errors import FiddlerWarning
 from .kernels import Kernels, make_pointers
 from .lanes.device import Device, UnpackedExpert
 from .lanes.pinning import Pin
+from .machine import available_bytes
 from .packed_cache import PackedCache
 from .plan import ModelSpec
 from .progress import BYTES, Progress
@@ -26,6 +27,7 @@ from .text import format_bytes
 from .weights import ExpertWeights
 
 LOADING = "loading experts" + BYTES
+SETTLING = "bringing experts to their memory nodes" + BYTES
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class ExpertStore:
         # Not of the lane's memory: that is what there is too little of.
         here = self.resident[row][expert].to(torch.device("cpu"))
         packed = arena.allocate(kernels.library.packed_bytes)
+        kernels.settle(packed)
         kernels.pack(*here.matrices, packed, here.biases)
         del self.resident[row][expert]
         self.packed[row][expert] = packed
@@ -87,10 +90,13 @@ def place(
     layers = spec.moe_layers
     missing = [[e for e in range(spec.num_experts) if (row, e) not in rooms] for row in range(len(layers))]
     if cache is None:
-        packed, memories = _read(spec, missing, rooms, weights, kernels, device, progress)
+        packed, memories, settled = _read(spec, missing, rooms, weights, kernels, device, progress)
     else:
         cache.fill(kernels, drop_behind=weights.drop_behind, progress=progress)
         packed, memories = _map(missing, rooms, cache, kernels, device, progress)
+        settled = _settle(packed, kernels, progress)
+    if not settled:
+        _warn_of_unsettled(spec)
     # Last: pinning touches every page, and would bring them in before the kernels' threads do.
     unit = kernels.library.packed_bytes
     pins = [device.pin(memory, unit_bytes=unit, mapped=cache is not None) for memory in memories]
@@ -119,8 +125,8 @@ def _warn_of_pageable(spec: ModelSpec, locked: int, total: int) -> None:
         )
 
 
-_Placed = tuple[tuple[dict[int, torch.Tensor], ...], list[torch.Tensor]]
-"""Packed experts by row, and the memory that they lie in."""
+_Packed = tuple[dict[int, torch.Tensor], ...]
+"""Packed experts by row."""
 
 
 def _read(
@@ -131,8 +137,11 @@ def _read(
     kernels: Kernels,
     device: Device,
     progress: Progress | None,
-) -> _Placed:
-    """Every expert from `weights`: at no time are more than reading.BUFFERS held beside the finished ones."""
+) -> tuple[_Packed, list[torch.Tensor], bool]:
+    """Every expert from `weights`: at no time are more than reading.BUFFERS held beside the finished ones.
+
+    Returns the packed experts, the memory that they lie in, and whether it is where it belongs.
+    """
     row_of = {layer: row for row, layer in enumerate(spec.moe_layers)}
     arenas = [arena.allocate(len(experts) * kernels.library.packed_bytes) if experts else None for experts in missing]
     packed = tuple(
@@ -147,18 +156,20 @@ def _read(
         return turn(layer, expert) if home is None else home
 
     order = weights.order(spec)
+    settled = True
     with contextlib.closing(read_ahead(weights, order, room)) as experts:
         for number, (layer, expert, read) in enumerate(experts):
             if progress is not None:
                 progress(LOADING, number * spec.expert_bytes, len(order) * spec.expert_bytes)
             row = row_of[layer]
             if expert in packed[row]:
+                settled &= kernels.settle(packed[row][expert])
                 kernels.pack(*read.matrices, packed[row][expert], read.biases)
             elif not direct:
                 rooms[row, expert].fill(read)
     if progress is not None:
         progress(LOADING, len(order) * spec.expert_bytes, len(order) * spec.expert_bytes)
-    return packed, [memory for memory in arenas if memory is not None]
+    return packed, [memory for memory in arenas if memory is not None], settled
 
 
 def _map(
@@ -168,7 +179,7 @@ def _map(
     kernels: Kernels,
     device: Device,
     progress: Progress | None,
-) -> _Placed:
+) -> tuple[_Packed, list[torch.Tensor]]:
     """Packed experts where they lie on disk; residents unpacked from there."""
     memories = cache.map()
     packed = tuple({e: memory[e] for e in experts} for experts, memory in zip(missing, memories, strict=True))
@@ -188,3 +199,31 @@ def _map(
     if progress is not None and rooms:
         progress(LOADING, len(rooms) * nbytes, len(rooms) * nbytes)
     return packed, memories
+
+
+def _settle(packed: _Packed, kernels: Kernels, progress: Progress | None) -> bool:
+    """Brings mapped experts, which lie where they were read or written, to the nodes of the threads that read them.
+
+    Not where they do not all fit into memory: what is moved now would be dropped and read again.
+    """
+    experts = [expert for row in packed for expert in row.values()]
+    total = len(experts) * kernels.library.packed_bytes
+    if len(kernels.nodes) < 2 or total > available_bytes():
+        return True
+    settled = True
+    for number, expert in enumerate(experts):
+        if progress is not None:
+            progress(SETTLING, number * expert.nbytes, total)
+        settled &= kernels.settle(expert, present=True)
+    if progress is not None:
+        progress(SETTLING, total, total)
+    return settled
+
+
+def _warn_of_unsettled(spec: ModelSpec) -> None:
+    warnings.warn(
+        f"experts of {spec.name} may lie on other memory nodes than the threads that read them, and are then read more "
+        "slowly: the system refuses mbind; hint: in a container, docker run --cap-add SYS_NICE",
+        FiddlerWarning,
+        stacklevel=4,
+    )

@@ -24,7 +24,7 @@ from fiddler_runtime.build import find_toolchain
 from fiddler_runtime.captured import native
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary, Kernels, TablesStruct, empty_packed, make_pointers
-from fiddler_runtime.machine import cpu_isas, missing_flags
+from fiddler_runtime.machine import NodeCpus, cpu_isas, missing_flags
 from fiddler_runtime.openmp import TeamStruct, torch_team
 
 SHAPE = (129, 40)
@@ -347,7 +347,7 @@ def test_torchs_threads_compute_the_same(torch_threads: Callable[[int], None]) -
     torch_threads(3)
     if torch_team(3) is None:
         pytest.skip("this torch has no OpenMP runtime with the GNU interface")
-    with library(*LARGE).open(threads=3, cpus=((0, 1, 1000),), beside_torch=True) as kernels:
+    with library(*LARGE).open(threads=3, cpus=(NodeCpus(0, (0, 1, 1000)),), beside_torch=True) as kernels:
         assert kernels.whose_threads == "torch's"
         for _ in range(20):
             assert torch.equal(one_expert(kernels, expert, hidden), expected)
@@ -365,7 +365,7 @@ def test_pinned_threads_work_even_outside_the_affinity() -> None:
     hidden = torch.ones(20, LARGE[0]).bfloat16()
     with library(*LARGE).open(threads=1) as kernels:
         expected = one_expert(kernels, expert, hidden)
-    with library(*LARGE).open(threads=3, cpus=((0, 1, 1000),)) as kernels:
+    with library(*LARGE).open(threads=3, cpus=(NodeCpus(0, (0, 1, 1000)),)) as kernels:
         assert torch.equal(one_expert(kernels, expert, hidden), expected)
 
 

@@ -16,13 +16,20 @@ import pytest
 import torch
 from kernel_samples import ISAS, Expert, library, open_isa, random_expert, run_moe
 
+from fiddler_runtime import arena
 from fiddler_runtime.build import find_toolchain
 from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.machine import NodeCpus
 from fiddler_runtime.makespan import CPU, SPLIT
 from fiddlerc.codegen import generate
 
 SOURCE = Path(__file__).with_name("near_memory.cpp")
 SHAPES = {"small": (256, 256), "large": (512, 2048)}  # an expert of few tasks, dealt out with others; one of many
+
+
+def nodes_of(cpus: list[list[int]]) -> tuple[NodeCpus, ...]:
+    """CPUs as if those of each list were on a node of their own; the memory of all is node 0's."""
+    return tuple(NodeCpus(0, tuple(of_node)) for of_node in cpus)
 
 
 Run = Callable[[int, int, int], tuple[int, int]]
@@ -79,8 +86,8 @@ def test_nodes_change_no_bit(isa: str) -> None:
             for rows in (0, 320)
         }
         isa_library = alone.library
-    for cpus in ([[0, 1]], [[0], [1]], [[0, 1], [0, 1]], [[0], [1], [0], [1]]):
-        with isa_library.open(isa, sum(map(len, cpus)), cpus=cpus) as kernels:
+    for cpus in ([[0, 1]], [[0], [1]], [[0], [1, 0]], [[0, 1], [0, 1]], [[0], [1], [0], [1]]):
+        with isa_library.open(isa, sum(map(len, cpus)), cpus=nodes_of(cpus)) as kernels:
             for (tokens, rows), result in expected.items():
                 part = hidden[:tokens], ids[:tokens], weights[:tokens]
                 assert torch.equal(run_moe(kernels, experts, *part, strategy, rows), result), (cpus, tokens, rows)
@@ -90,7 +97,7 @@ def test_threads_run_where_they_are_told_to() -> None:
     here = sorted(os.sched_getaffinity(0))
     first, last = here[0], here[-1]
     built, before = library(8, 24), os.listdir("/proc/self/task")
-    with built.open(threads=4, cpus=((first, first), (last, last))):
+    with built.open(threads=4, cpus=nodes_of([[first, first], [last, last]])):
         patience = time.monotonic() + 10
         while True:  # a thread pins itself when it has started
             workers = sorted(set(os.listdir("/proc/self/task")) - set(before), key=int)
@@ -103,6 +110,34 @@ def test_threads_run_where_they_are_told_to() -> None:
 
 
 def test_uneven_nodes_are_refused() -> None:
-    for cpus in ([[0], [0, 1]], [[0]], [[0, 1], [0, 1]], []):
-        with pytest.raises(FiddlerError, match=r"cannot pin the kernel's threads.*equally many of each node"):
-            library(8, 24).open(threads=3, cpus=cpus)
+    for cpus in ([[0, 1], [0]], [[0]], [[0, 1], [0, 1]], [[], [0, 1, 0]], []):
+        with pytest.raises(FiddlerError, match=r"cannot pin the kernel's threads.*of each node as many"):
+            library(8, 24).open(threads=3, cpus=nodes_of(cpus))
+
+
+def test_settling_changes_nothing_else() -> None:
+    """Two nodes that are the same one: as on any machine whose system takes advice."""
+    shape = SHAPES["small"]
+    with library(*shape).open(None, 2, cpus=nodes_of([[0], [0]])) as kernels:
+        fresh = arena.allocate(3 * kernels.library.packed_bytes).view(3, -1)
+        assert kernels.settle(fresh)
+        assert not fresh.view(torch.int16).any()
+        fresh.view(torch.int16).random_(generator=torch.Generator().manual_seed(1))
+        before = fresh.clone()
+        assert kernels.settle(fresh, present=True)
+        assert kernels.settle_probed(fresh)
+        assert torch.equal(fresh.view(torch.int16), before.view(torch.int16))
+
+
+def test_a_node_that_is_not_there_is_told() -> None:
+    with library(*SHAPES["small"]).open(None, 2, cpus=(NodeCpus(0, (0,)), NodeCpus(1023, (0,)))) as kernels:
+        packed = arena.allocate(kernels.library.packed_bytes)
+        assert not kernels.settle(packed)
+        assert not kernels.settle(packed, present=True)
+        assert not packed.view(torch.int16).any(), "it is there all the same"
+
+
+def test_on_one_node_nothing_is_placed() -> None:
+    with library(*SHAPES["small"]).open(None, 2) as kernels:
+        assert kernels.nodes == ()
+        assert kernels.settle(arena.allocate(kernels.library.packed_bytes))

@@ -2,6 +2,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -219,10 +220,22 @@ void forks(fdl_kernels* kernels) {
   busy.join();
 }
 
+// Memory that is nobody's yet, then the same again: on every system it is there, with what was in it.
+void settles(fdl_kernels* kernels) {
+  constexpr int64_t kTasks = 7, kBytes = 3 * 4096 + 64;
+  std::vector<char> data(kTasks * kBytes, 1);
+  for (const int32_t present : {0, 1}) {
+    const int32_t status = fdl_settle(kernels, data.data(), kTasks, kBytes, present);
+    require(status == FDL_OK || status == FDL_E_PLACE, "settle");
+  }
+  require(std::all_of(data.begin(), data.end(), [](char byte) { return byte == 1; }), "settled memory is as it was");
+  require(fdl_settle(kernels, data.data(), 0, kBytes, 0) == FDL_E_ARGUMENT, "nothing to settle");
+}
+
 }  // namespace
 
 int main() {
-  const int32_t cpus[] = {0, 1, 0, 1};
+  const int32_t cpus[] = {0, 1, 0, 1}, nodes[] = {0, 0};
   dispatches();
   for (const char* isa : {"amx_bf16", "avx512_bf16", "avx512f", "avx2", "scalar"}) {
     if (!fdl_isa_usable(isa)) {
@@ -233,8 +246,8 @@ int main() {
     fdl_kernels* other = nullptr;
     fdl_kernels* near = nullptr;
     fdl_kernels* teamed = nullptr;
-    require(fdl_open(isa, 3, nullptr, 1, nullptr, &one) == FDL_OK && fdl_open(isa, 2, nullptr, 1, nullptr, &other) == FDL_OK &&
-                fdl_open(isa, 4, cpus, 2, nullptr, &near) == FDL_OK && fdl_open(isa, 3, nullptr, 1, &team::kTeam, &teamed) == FDL_OK,
+    require(fdl_open(isa, 3, nullptr, nullptr, 0, nullptr, &one) == FDL_OK && fdl_open(isa, 2, nullptr, nullptr, 0, nullptr, &other) == FDL_OK &&
+                fdl_open(isa, 4, cpus, nodes, 2, nullptr, &near) == FDL_OK && fdl_open(isa, 3, nullptr, nullptr, 0, &team::kTeam, &teamed) == FDL_OK,
             "open");
     // Two engines beside each other, and two callers of the same one.
     std::thread first([&] { layers(one, 1); }), second([&] { layers(other, 2); });
@@ -242,6 +255,7 @@ int main() {
     first.join();
     second.join();
     for (fdl_kernels* kernels : {near, teamed}) layers(kernels, 7);
+    settles(near);
     many_rows(one, [] { return false; });
     steps(one);
     forks(one);

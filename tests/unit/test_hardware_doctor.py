@@ -74,9 +74,16 @@ def test_a_cpu_without_avx2_is_told_how_slow_it_is(tmp_path: Path) -> None:
     assert check.status == "missing" and "scalar" in check.detail and check.hint
 
 
-def test_several_numa_nodes_are_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("refused", "status", "told"),
+    [("", "ok", "2 nodes: weights lie on the one"), ("forbidden", "note", "2 nodes, but mbind is refused (forbidden)")],
+)
+def test_several_numa_nodes_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str, status: str, told: str
+) -> None:
+    monkeypatch.setattr("fiddlerc.hardware.checks.refuses_placement", lambda: refused)
     check = checks(machine(tmp_path, COMPLETE, nodes=2))["NUMA"]
-    assert check.status == "note" and check.detail.startswith("2 nodes: weights are parted")
+    assert (check.status, bool(check.hint)) == (status, bool(refused)) and check.detail.startswith(told)
 
 
 @pytest.mark.parametrize(("driver", "status"), [(False, "note"), (True, "missing")])

@@ -305,8 +305,11 @@ def test_importing_the_module_does_not_import_torch() -> None:
 def test_the_cpu_lanes_threads_are_pinned_to_every_memory_node_alike(tmp_path: Path) -> None:
     for cpu, node in enumerate((0, 1, 0, 1, 0)):
         write(tmp_path, f"sys/devices/system/cpu/cpu{cpu}/node{node}/cpulist", "")
-    assert lane_cpus(4, tmp_path, range(5)) == ((0, 2), (1, 3))
-    assert lane_cpus(2, tmp_path, range(5)) == ((0,), (1,))
-    assert lane_cpus(3, tmp_path, range(5)) is None, "not the same number of each"
+    assert lane_cpus(4, tmp_path, range(5)) == ((0, (0, 2)), (1, (1, 3)))
+    assert lane_cpus(2, tmp_path, range(5)) == ((0, (0,)), (1, (1,)))
+    assert lane_cpus(3, tmp_path, range(5)) == ((0, (0,)), (1, (1, 3)))
+    assert lane_cpus(5, tmp_path, range(5)) == ((1, (1, 3)), (0, (0, 2, 4))), "one more of the last"
+    assert lane_cpus(4, tmp_path, (0, 1, 2, 4)) is None, "too few of one"
     assert lane_cpus(6, tmp_path, range(5)) is None, "more than there are"
+    assert lane_cpus(1, tmp_path, range(5)) is None, "fewer than nodes"
     assert lane_cpus(2, tmp_path, (0, 2, 4)) is None, "one node"

@@ -39,6 +39,7 @@ from .schema import (
     Tables,
     TunedCandidate,
     Tuning,
+    packed_blocks,
     packed_bytes,
 )
 from .writer import check_destination, write_plan
@@ -76,6 +77,7 @@ __all__ = [
     "TunedCandidate",
     "Tuning",
     "check_destination",
+    "packed_blocks",
     "packed_bytes",
     "peek_version",
     "read_plan",

@@ -15,7 +15,7 @@ from ..machine import Machine
 
 FORMAT_MAJOR = 4
 FORMAT_MINOR = 0
-ABI_VERSION = 6
+ABI_VERSION = 7
 LAYOUT_VERSION = 1
 """Of packed experts (docs/kernels.md): packed caches on disk carry it."""
 
@@ -255,19 +255,24 @@ class KernelSpec:
         return self.expert.packed_bytes
 
 
-def packed_bytes(hidden_size: int, intermediate_size: int, bias: bool = False) -> int:
-    """Size of one packed expert: gate/up blocks of 16+16 outputs over hidden pairs, down blocks of 32 over pairs.
+def packed_blocks(hidden_size: int, intermediate_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Blocks of a packed expert, (how many, bytes of each): gate/up's, of 16+16 outputs over pairs of hidden, then
+    down's, of 32 outputs over pairs of intermediate."""
 
-    With biases, 32 fp32 for each block follow.
-    """
-
-    def blocks(n: int, by: int) -> int:
+    def parts(n: int, by: int) -> int:
         return -(-n // by)
 
-    gate_up = blocks(intermediate_size, 16) * blocks(hidden_size, 2) * 32 * 2 * 2
-    down = blocks(hidden_size, 32) * blocks(intermediate_size, 2) * 32 * 2 * 2
-    biases = (blocks(intermediate_size, 16) + blocks(hidden_size, 32)) * 32 * 4 if bias else 0
-    return gate_up + down + biases
+    row = 32 * 2 * 2
+    return (
+        (parts(intermediate_size, 16), parts(hidden_size, 2) * row),
+        (parts(hidden_size, 32), parts(intermediate_size, 2) * row),
+    )
+
+
+def packed_bytes(hidden_size: int, intermediate_size: int, bias: bool = False) -> int:
+    """Size of one packed expert: its blocks; with biases, 32 fp32 for each block follow."""
+    biases = 32 * 4 if bias else 0
+    return sum(count * (nbytes + biases) for count, nbytes in packed_blocks(hidden_size, intermediate_size))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FDL_ABI_VERSION 6
+#define FDL_ABI_VERSION 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -22,7 +22,8 @@ enum fdl_status {
   FDL_E_ARGUMENT = -2,  /* a pointer is null or a size is out of range */
   FDL_E_MEMORY = -3,    /* an allocation failed */
   FDL_E_THREAD = -4,    /* a worker thread could not be started */
-  FDL_E_STALL = -5      /* a step made no progress and was given up */
+  FDL_E_STALL = -5,     /* a step made no progress and was given up */
+  FDL_E_PLACE = -6      /* the system does not place memory on a node */
 };
 
 /* How one expert of one layer is executed in one step. */
@@ -87,11 +88,12 @@ typedef struct fdl_team {
 } fdl_team;
 
 /* isa: NULL for the first usable of fdl_describe's. threads >= 1 counts the caller. Workers are pinned to cpus[1 .. threads-1]
- * when cpus is not NULL. nodes: memory nodes under the threads, thread t on node t * nodes / threads; it divides
- * threads, and is 1 if that is not known.
+ * when cpus is not NULL. nodes [node_count]: the memory nodes, as the system numbers them, that the threads are on: on
+ * nodes[i] those from threads * i / node_count to before threads * (i + 1) / node_count. NULL if that is not known.
  * team: runs the workers; NULL: threads of the kernels' own do.
  * In a forked child the first call starts threads of its own, whatever the parent's were doing. */
-int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, int32_t nodes, const fdl_team* team, fdl_kernels** out);
+int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, const int32_t* nodes, int32_t node_count,
+                 const fdl_team* team, fdl_kernels** out);
 void fdl_close(fdl_kernels*);
 const char* fdl_isa(const fdl_kernels*);
 
@@ -117,6 +119,12 @@ typedef struct fdl_expert {
 /* To the packed layout (docs/kernels.md), 64-byte aligned, from any of the orders; and back, to rows. */
 int32_t fdl_pack(fdl_kernels*, const fdl_expert* expert, uint16_t* packed);
 int32_t fdl_unpack(fdl_kernels*, const uint16_t* packed, const fdl_expert* expert);
+
+/* Puts memory on the nodes of the threads that use it: of `tasks` blocks of so many bytes, one after another, that are dealt out
+ * alike (gate and up of a packed expert, or down). Before it is first written, or, present != 0, when it is there or in a
+ * file: then its pages move.
+ * FDL_E_PLACE if the system refuses: it lies where those threads first wrote or read it. Nothing where nodes are not known. */
+int32_t fdl_settle(fdl_kernels*, void* data, int64_t tasks, int64_t task_bytes, int32_t present);
 
 int32_t fdl_moe(fdl_kernels*, const fdl_moe_call*);
 

@@ -89,8 +89,10 @@ class Pool {
   int threads() const { return threads_; }
   // Whether regions run on the team given at the start.
   bool beside_torch() const { return team_.parallel != nullptr; }
-  // Memory nodes that the threads are spread over: thread t is on node t * nodes() / threads().
+  // Memory nodes that the threads are spread over, as evenly as it goes.
   int nodes() const { return nodes_; }
+  // Of tasks that are dealt out to the threads alike, the first of those on a node. node = nodes(): their number.
+  int64_t border(int64_t tasks, int node) const { return tasks * (threads_ * node / nodes_) / threads_; }
 
   // Starts the workers, or takes the team's, pinned to cpus[1 ..] unless null. False if a thread could not be started; then
   // none runs. Once. Throws std::bad_alloc.

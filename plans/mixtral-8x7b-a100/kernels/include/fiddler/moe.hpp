@@ -255,8 +255,8 @@ class MoeLayer {
         for (int node = 0; node < pool_.nodes(); ++node) {
           for (const Unit* unit = units_ + first; unit != units_ + last; ++unit) {
             const int64_t begin = first_block(*unit, index), blocks = kBlocks[index] - begin;
-            *run = {unit, begin + blocks * node / pool_.nodes(), begin + blocks * (node + 1) / pool_.nodes(),
-                    before + tasks, group(*unit, index, blocks_each)};
+            *run = {unit, begin + pool_.border(blocks, node), begin + pool_.border(blocks, node + 1), before + tasks,
+                    group(*unit, index, blocks_each)};
             tasks += divide_up(run->last_block - run->first_block, run->group);
             ++run;
           }

@@ -51,10 +51,10 @@ class Stage {
 
   int64_t total() const { return total_; }
 
-  // Does the thread's share, then helps others, and returns when every task of the stage is done.
+  // Does the thread's share, then helps others, if it may, and returns when every task of the stage is done.
   // work(task, next): next is the task that this thread does after it, or -1 if that is not known.
   template <class Work>
-  void work_off(int thread, Work work) {
+  void work_off(int thread, Work work, bool helps = true) {
     const int64_t mine = share_of(thread, thread + 1);
     int64_t done = 0;
     Place place{};
@@ -64,7 +64,7 @@ class Stage {
       work(task, i + 1 < mine ? locate(thread, i + 1, after) : -1);
     }
     complete(thread, done);
-    for (int other = next(thread); other != thread && !finished(); other = next(other)) {
+    for (int other = next(thread); helps && other != thread && !finished(); other = next(other)) {
       const int64_t share = share_of(other, other + 1);
       Place theirs{};
       while (claims_[other].value.load(std::memory_order_relaxed) < share) {

@@ -4,6 +4,7 @@
 #include <sys/types.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -23,6 +24,7 @@
 #include "dispatch.hpp"
 #include "layout.hpp"
 #include "moe.hpp"
+#include "near_memory.hpp"
 #include "packing.hpp"
 #include "pool.hpp"
 #include "stage.hpp"
@@ -52,8 +54,9 @@ struct Instance {
 }  // namespace fdl
 
 struct fdl_kernels {
-  fdl_kernels(const fdl::Variant& chosen, int threads, const int32_t* cpus, int nodes)
-      : variant(chosen), threads_(threads), nodes_(nodes), cpus_(cpus, cpus ? cpus + threads : cpus) {}
+  fdl_kernels(const fdl::Variant& chosen, int threads, const int32_t* cpus, const int32_t* node_ids, int node_count)
+      : variant(chosen), nodes(node_ids, node_ids ? node_ids + node_count : node_ids), threads_(threads),
+        cpus_(cpus, cpus ? cpus + threads : cpus) {}
   fdl_kernels(const fdl_kernels&) = delete;
   fdl_kernels& operator=(const fdl_kernels&) = delete;
   ~fdl_kernels() {
@@ -68,15 +71,17 @@ struct fdl_kernels {
     fdl::Instance* found = instance_.load();
     if (found && found->process == getpid()) return found;
     auto made = std::make_unique<fdl::Instance>(variant, threads_);
-    if (!made->pool.start(cpus_.empty() ? nullptr : cpus_.data(), nodes_, team)) return nullptr;
+    const int count = nodes.empty() ? 1 : static_cast<int>(nodes.size());
+    if (!made->pool.start(cpus_.empty() ? nullptr : cpus_.data(), count, team)) return nullptr;
     // If another thread of this process was first, `found` is now its instance.
     return instance_.compare_exchange_strong(found, made.get()) ? made.release() : found;
   }
 
   const fdl::Variant& variant;
+  const std::vector<int32_t> nodes;  // empty if not known
 
  private:
-  const int threads_, nodes_;
+  const int threads_;
   const std::vector<int32_t> cpus_;
   std::atomic<fdl::Instance*> instance_{nullptr};
 };
@@ -163,6 +168,7 @@ const char* fdl_error_text(int32_t status) {
     case FDL_E_ARGUMENT: return "a pointer is null or a size is out of range";
     case FDL_E_MEMORY: return "out of memory";
     case FDL_E_THREAD: return "a worker thread could not be started";
+    case FDL_E_PLACE: return "the system refuses to place memory on a node (mbind)";
     case FDL_E_STALL: return "a step made no progress and was given up";
     default: return "unknown status";
   }
@@ -172,15 +178,17 @@ int64_t fdl_packed_bytes(void) { return fdl::kPackedBytes; }
 
 int32_t fdl_isa_usable(const char* isa) { return isa && fdl::find_variant(isa) ? 1 : 0; }
 
-int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, int32_t nodes, const fdl_team* team, fdl_kernels** out) {
-  if ((team && (!team->parallel || !team->thread_num)) || !out || threads < 1 || threads > fdl::kMostThreads || nodes < 1 ||
-      threads % nodes != 0)
+int32_t fdl_open(const char* isa, int32_t threads, const int32_t* cpus, const int32_t* nodes, int32_t node_count,
+                 const fdl_team* team, fdl_kernels** out) {
+  const auto known = [](int32_t node) { return node >= 0 && node < fdl::kMostNodes; };
+  if ((team && (!team->parallel || !team->thread_num)) || !out || threads < 1 || threads > fdl::kMostThreads ||
+      (nodes && (node_count < 1 || node_count > threads || !std::all_of(nodes, nodes + node_count, known))))
     return FDL_E_ARGUMENT;
   *out = nullptr;
   const fdl::Variant* variant = fdl::find_variant(isa);  // before any thread starts
   if (!variant) return FDL_E_ISA;
   try {
-    auto kernels = std::make_unique<fdl_kernels>(*variant, threads, cpus, nodes);
+    auto kernels = std::make_unique<fdl_kernels>(*variant, threads, cpus, nodes, node_count);
     if (!kernels->instance(team)) return FDL_E_THREAD;
     *out = kernels.release();
     return FDL_OK;
@@ -238,6 +246,15 @@ int32_t fdl_unpack(fdl_kernels* kernels, const uint16_t* packed, const fdl_exper
       }
     });
     return FDL_OK;
+  });
+}
+
+int32_t fdl_settle(fdl_kernels* kernels, void* data, int64_t tasks, int64_t task_bytes, int32_t present) {
+  if (!kernels || !data || tasks < 1 || task_bytes < 1 || tasks > INT64_MAX / task_bytes / fdl::kMostThreads) return FDL_E_ARGUMENT;
+  if (kernels->nodes.size() < 2) return FDL_OK;
+  return fdl::guarded(kernels, [&](fdl::Instance& here) -> int32_t {
+    const bool placed = fdl::settle(here.pool, kernels->nodes.data(), static_cast<char*>(data), tasks, task_bytes, present != 0);
+    return placed ? FDL_OK : FDL_E_PLACE;
   });
 }
 
