@@ -13,9 +13,10 @@ import re
 import shlex
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +57,7 @@ INTERRUPTED = 130
 SWEEP_POINTS = 10
 MOST_BEAMS = 4096  # more is a slip of the pen, and so is more memory than 1 PiB
 MOST_MEMORY = 1 << 50
+LINES_APART_S = 10.0  # of progress that is told in lines
 
 
 class ObjectiveOption(StrEnum):
@@ -875,19 +877,35 @@ def _show_warning(
         err.print(f"[yellow]warning:[/] {_escape(str(message))}")
 
 
+def _told_in_lines() -> Callable[[str, int, int], None]:
+    last = time.monotonic()
+
+    def update(label: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LINES_APART_S:
+            last = time.monotonic()
+            shown = format_bytes if label.endswith(BYTES) else str
+            err.print(f"{_escape(label.removesuffix(BYTES))}: {shown(done)} of {shown(total)}", highlight=False)
+
+    return update
+
+
 @contextmanager
 def _progress() -> Iterator[Any]:
     """A callback (label, done, total) that draws one bar per label on stderr, gone when finished.
 
-    Bars of bytes show GB/s (fiddler_runtime.progress).
+    Bars of bytes show GB/s (fiddler_runtime.progress). Where stderr is no terminal, a line now and then says as much.
     """
+    if not err.is_terminal:
+        yield _told_in_lines()
+        return
     bar = (TextColumn("{task.description}"), BarColumn())
     counting = (*bar, MofNCompleteColumn(), TimeElapsedColumn())
     sizing = (*bar, DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
     options: dict[str, Any] = {"console": err, "transient": True, "auto_refresh": False}
     bars = {False: Progress(*counting, **options), True: Progress(*sizing, **options)}
     tasks: dict[str, Any] = {}
-    with Live(Group(*bars.values()), console=err, transient=True) if err.is_terminal else nullcontext():
+    with Live(Group(*bars.values()), console=err, transient=True):
 
         def update(label: str, done: int, total: int) -> None:
             shown = bars[label.endswith(BYTES)]

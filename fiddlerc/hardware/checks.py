@@ -21,6 +21,7 @@ from fiddler_runtime.machine import (
     Machine,
     cpu_lane_threads,
     find_accelerator,
+    lane_cpus,
     refused,
     refuses_placement,
     this_machine,
@@ -69,7 +70,7 @@ def doctor(root: Path = Path("/")) -> tuple[Check, ...]:
     machine = this_machine("none", root=root)
     return (
         *_cpu(machine, root),
-        *_memory(machine),
+        *_memory(machine, root),
         *_build_tools(),
         _gpu(machine, root),
         *(_package(package) for package in _PACKAGES),
@@ -103,21 +104,25 @@ def _cpu(machine: Machine, root: Path) -> Iterator[Check]:
     yield Check("caches", "ok" if caches else "note", caches or "the system does not tell", "")
 
 
-def _memory(machine: Machine) -> Iterator[Check]:
+def _memory(machine: Machine, root: Path) -> Iterator[Check]:
     if machine.memory_bytes:
         yield Check("memory", "ok", f"{_size(machine.memory_bytes)} usable", "")
     else:
         yield Check("memory", "note", "the system does not tell", "")
-    denied = refuses_placement() if machine.numa_nodes > 1 else ""
+    yield _memory_nodes(machine, root)
+
+
+def _memory_nodes(machine: Machine, root: Path) -> Check:
     if machine.numa_nodes == 1:
-        yield Check("NUMA", "ok", "1 node", "")
-    elif denied:
-        detail = (
-            f"{machine.numa_nodes} nodes, but mbind is refused ({denied}): weights lie where they are first written"
-        )
-        yield Check("NUMA", "note", detail, "in a container: docker run --cap-add SYS_NICE ...")
-    else:
-        yield Check("NUMA", "ok", f"{machine.numa_nodes} nodes: weights lie on the one whose threads read them", "")
+        return Check("NUMA", "ok", "1 node", "")
+    nodes, threads = f"{machine.numa_nodes} nodes", cpu_lane_threads(machine.cores, machine.accelerator.kind)
+    if lane_cpus(threads, root) is None:
+        detail = f"{nodes}, over which {threads} threads do not spread evenly: weights lie where they are first written"
+        return Check("NUMA", "note", detail, "taskset --cpu-list ...   (as many cores of each node, or of one)")
+    if refused := refuses_placement():
+        detail = f"{nodes}, but mbind is refused ({refused}): weights lie where they are first written"
+        return Check("NUMA", "note", detail, "in a container: docker run --cap-add SYS_NICE ...")
+    return Check("NUMA", "ok", f"{nodes}: weights lie on the one whose threads read them", "")
 
 
 def _build_tools() -> Iterator[Check]:

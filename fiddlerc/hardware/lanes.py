@@ -52,7 +52,8 @@ def random_weights(nbytes: int, kernels: Kernels | None = None) -> torch.Tensor:
     pattern = torch.empty(1 << 19).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0)).to(_BF16)
     out = arena.allocate(nbytes)
     if kernels is not None:
-        kernels.settle(out)
+        for packed in out.view(-1, kernels.library.packed_bytes // 2):
+            kernels.settle(packed)
     whole = out.numel() // pattern.numel() * pattern.numel()
     out[:whole].view(-1, pattern.numel()).copy_(pattern.expand(whole // pattern.numel(), -1))
     out[whole:].copy_(pattern[: out.numel() - whole])

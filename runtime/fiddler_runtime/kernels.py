@@ -26,12 +26,11 @@ import torch
 from .errors import FiddlerError
 from .machine import KNOWN_ISAS, NodeCpus, refused, threads_of_nodes, usable_cores
 from .openmp import TeamStruct, torch_team
-from .plan import ABI_VERSION, KernelSpec, packed_blocks
+from .plan import ABI_VERSION, KernelSpec
 
 _OK, _E_ISA, _E_PLACE = 0, -1, -6
 _ALIGNMENT = 64
 _LEAST_READ = 512
-_PROBED_PIECE = 1 << 20  # kPiece of fdl_probe_read
 _LEAVE_IT = "leave the instruction set to the runtime, which takes the best that runs here"
 # struct fdl_moe_call. A call has streamed weights through the caches; the fewer Python objects the next one needs, the
 # fewer come from memory again. (A ctypes.Structure takes several times as long.)
@@ -250,30 +249,22 @@ class Kernels:
         self.library.check(self._native.fdl_unpack(self._open(), packed.data_ptr(), byref(expert)), "unpack an expert")
 
     def settle(self, packed: torch.Tensor, *, present: bool = False) -> bool:
-        """Puts the memory of packed experts, bf16 [..., packed_bytes / 2], on the nodes of the threads that read it.
+        """Puts the memory of a packed expert, bf16 [packed_bytes / 2], on the nodes of the threads that read it.
 
         present  its pages are there, or in a mapped file, and move. Else nobody may have written to it before
-        False where the system refuses; then it is left to where the threads first write or read it. Nothing happens,
-        and True is returned, where the threads are on one node.
+        False if it is not there in the end: the system refuses, or a node is full. Nothing happens, and True is
+        returned, where the threads are on one node.
         """
-        settled = True
-        spec = self.library.spec
-        for expert in range(0, packed.nbytes, self.library.packed_bytes):
-            start = packed.data_ptr() + expert
-            for blocks, nbytes in packed_blocks(spec.hidden_size, spec.intermediate_size):
-                settled &= self._settle(start, blocks, nbytes, present)
-                start += blocks * nbytes
-        return settled
+        _expect_bf16("packed expert", packed, (self.library.packed_bytes // 2,))
+        return self._settled(self._native.fdl_settle(self._open(), packed.data_ptr(), present))
 
     def settle_probed(self, data: torch.Tensor) -> bool:
-        """The same for what `read_gbps` reads."""
-        pieces = max(1, data.nbytes // _PROBED_PIECE)
-        return self._settle(data.data_ptr(), pieces, min(data.nbytes, _PROBED_PIECE), True)
+        """The same for what `read_gbps` reads, which is there and at least 1 MiB."""
+        return self._settled(self._native.fdl_probe_settle(self._open(), data.data_ptr(), data.nbytes))
 
-    def _settle(self, address: int, tasks: int, task_bytes: int, present: bool) -> bool:
-        status: int = self._native.fdl_settle(self._open(), address, tasks, task_bytes, present)
+    def _settled(self, status: int) -> bool:
         if status != _E_PLACE:
-            self.library.check(status, "place an expert")
+            self.library.check(status, "place memory")
         return status == _OK
 
     def moe(
@@ -492,12 +483,13 @@ def _declare(native: Any) -> None:
         "fdl_isa": (c_char_p, (c_void_p,)),
         "fdl_pack": (c_int32, (c_void_p, POINTER(_Expert), c_void_p)),
         "fdl_unpack": (c_int32, (c_void_p, c_void_p, POINTER(_Expert))),
-        "fdl_settle": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, c_int32)),
+        "fdl_settle": (c_int32, (c_void_p, c_void_p, c_int32)),
         "fdl_moe": (c_int32, (c_void_p, c_char_p)),  # _PACK_MOE_CALL
         "fdl_dispatch": (
             c_int32,
             (POINTER(TablesStruct), c_void_p, c_int64, c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_void_p),
         ),
+        "fdl_probe_settle": (c_int32, (c_void_p, c_void_p, c_int64)),
         "fdl_probe_read": (c_int32, (c_void_p, c_void_p, c_int64, POINTER(c_double))),
         "fdl_probe_peak": (c_int32, (c_void_p, c_double, POINTER(c_double))),
     }

@@ -271,14 +271,14 @@ def available_bytes(root: Path = Path("/")) -> int:
     found = re.search(r"^MemAvailable:\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
     limits = [int(found.group(1)) * 1024] if found else []
     for folder in _cgroup_folders(root, "memory"):
-        for limit, usage, cached in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        for limit, usage, of_all in (
+            ("memory.max", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
         ):
             most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
             if most.isdigit() and used.isdigit() and int(most) < _UNLIMITED:
-                idle = re.search(rf"^{cached} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
-                limits.append(int(most) - int(used) + (int(idle.group(1)) if idle else 0))
+                cached = re.findall(rf"^{of_all}(?:in)?active_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+                limits.append(int(most) - int(used) + sum(map(int, cached)))
     return max(0, min(limits, default=0))
 
 

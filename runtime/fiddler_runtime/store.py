@@ -17,7 +17,7 @@ from .errors import FiddlerWarning
 from .kernels import Kernels, make_pointers
 from .lanes.device import Device, UnpackedExpert
 from .lanes.pinning import Pin
-from .machine import available_bytes
+from .machine import available_bytes, refuses_placement
 from .packed_cache import PackedCache
 from .plan import ModelSpec
 from .progress import BYTES, Progress
@@ -96,7 +96,7 @@ def place(
         packed, memories = _map(missing, rooms, cache, kernels, device, progress)
         settled = _settle(packed, kernels, progress)
     if not settled:
-        _warn_of_unsettled(spec)
+        _warn_of_far_memory(spec)
     # Last: pinning touches every page, and would bring them in before the kernels' threads do.
     unit = kernels.library.packed_bytes
     pins = [device.pin(memory, unit_bytes=unit, mapped=cache is not None) for memory in memories]
@@ -210,6 +210,8 @@ def _settle(packed: _Packed, kernels: Kernels, progress: Progress | None) -> boo
     total = len(experts) * kernels.library.packed_bytes
     if len(kernels.nodes) < 2 or total > available_bytes():
         return True
+    if refuses_placement():
+        return False
     settled = True
     for number, expert in enumerate(experts):
         if progress is not None:
@@ -220,10 +222,13 @@ def _settle(packed: _Packed, kernels: Kernels, progress: Progress | None) -> boo
     return settled
 
 
-def _warn_of_unsettled(spec: ModelSpec) -> None:
+def _warn_of_far_memory(spec: ModelSpec) -> None:
+    refused = refuses_placement()
+    reason = f"the system refuses mbind ({refused})" if refused else "a memory node is full, or not for this process"
+    hint = "in a container, docker run --cap-add SYS_NICE" if refused else "numastat -m"
     warnings.warn(
-        f"experts of {spec.name} may lie on other memory nodes than the threads that read them, and are then read more "
-        "slowly: the system refuses mbind; hint: in a container, docker run --cap-add SYS_NICE",
+        f"experts of {spec.name} lie on other memory nodes than the threads that read them, and are read more slowly: "
+        f"{reason}; hint: {hint}",
         FiddlerWarning,
         stacklevel=4,
     )

@@ -1,12 +1,13 @@
-"""Weights lie on the memory node whose threads read them: who packs a block and who computes with it, counted.
+"""Threads read their own node's part of the weights: who packs a block and who computes with it, counted.
 
-On a machine with one node the nodes are only said; that pages lie where they are first written is the system's part.
+On a machine with one node the nodes are only said. Where pages lie where there are several: test_memory_nodes.py.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from kernel_samples import ISAS, Expert, library, open_isa, random_expert, run_m
 from fiddler_runtime import arena
 from fiddler_runtime.build import find_toolchain
 from fiddler_runtime.errors import FiddlerError
-from fiddler_runtime.machine import NodeCpus
+from fiddler_runtime.machine import NodeCpus, refuses_placement
 from fiddler_runtime.makespan import CPU, SPLIT
 from fiddlerc.codegen import generate
 
@@ -30,6 +31,13 @@ SHAPES = {"small": (256, 256), "large": (512, 2048)}  # an expert of few tasks, 
 def nodes_of(cpus: list[list[int]]) -> tuple[NodeCpus, ...]:
     """CPUs as if those of each list were on a node of their own; the memory of all is node 0's."""
     return tuple(NodeCpus(0, tuple(of_node)) for of_node in cpus)
+
+
+placed = pytest.mark.skipif(bool(refuses_placement()), reason=f"mbind is refused: {refuses_placement()}")
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 Run = Callable[[int, int, int], tuple[int, int]]
@@ -115,18 +123,44 @@ def test_uneven_nodes_are_refused() -> None:
             library(8, 24).open(threads=3, cpus=nodes_of(cpus))
 
 
+@placed
 def test_settling_changes_nothing_else() -> None:
     """Two nodes that are the same one: as on any machine whose system takes advice."""
     shape = SHAPES["small"]
     with library(*shape).open(None, 2, cpus=nodes_of([[0], [0]])) as kernels:
-        fresh = arena.allocate(3 * kernels.library.packed_bytes).view(3, -1)
-        assert kernels.settle(fresh)
+        fresh = arena.allocate(16 * kernels.library.packed_bytes).view(16, -1)
+        before = resident_bytes()
+        assert all(kernels.settle(packed) for packed in fresh)
+        assert resident_bytes() >= before + fresh.nbytes, "it is taken, by whatever compiler's code"
         assert not fresh.view(torch.int16).any()
         fresh.view(torch.int16).random_(generator=torch.Generator().manual_seed(1))
-        before = fresh.clone()
-        assert kernels.settle(fresh, present=True)
+        kept = fresh.clone()
+        assert all(kernels.settle(packed, present=True) for packed in fresh)
         assert kernels.settle_probed(fresh)
-        assert torch.equal(fresh.view(torch.int16), before.view(torch.int16))
+        assert torch.equal(fresh.view(torch.int16), kept.view(torch.int16))
+
+
+def test_a_team_need_not_come_as_a_whole() -> None:
+    """OMP_THREAD_LIMIT, OMP_DYNAMIC and a region around this one make it smaller than it was asked to be."""
+    code = (
+        "import torch; from kernel_samples import library; from fiddler_runtime import arena, machine as m;"
+        "torch.set_num_threads(3); cpus = (m.NodeCpus(0, (0,)), m.NodeCpus(1023, (0, 0)));"
+        "kernels = library(256, 256).open(None, 3, cpus=cpus, beside_torch=True);"
+        "kernels.settle(arena.allocate(kernels.library.packed_bytes)); print(kernels.whose_threads)"
+    )
+    environment = os.environ | {"OMP_THREAD_LIMIT": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "torch's\n"
+
+
+def test_only_an_expert_is_settled() -> None:
+    with library(*SHAPES["small"]).open(None, 2, cpus=nodes_of([[0], [0]])) as kernels:
+        half = arena.allocate(kernels.library.packed_bytes // 2)
+        with pytest.raises(FiddlerError, match="wrong packed expert"):
+            kernels.settle(half)
+        with pytest.raises(FiddlerError, match="cannot place memory"):
+            kernels.settle_probed(half[:100])
 
 
 def test_a_node_that_is_not_there_is_told() -> None:

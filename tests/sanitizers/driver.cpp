@@ -222,14 +222,12 @@ void forks(fdl_kernels* kernels) {
 
 // Memory that is nobody's yet, then the same again: on every system it is there, with what was in it.
 void settles(fdl_kernels* kernels) {
-  constexpr int64_t kTasks = 7, kBytes = 3 * 4096 + 64;
-  std::vector<char> data(kTasks * kBytes, 1);
-  for (const int32_t present : {0, 1}) {
-    const int32_t status = fdl_settle(kernels, data.data(), kTasks, kBytes, present);
-    require(status == FDL_OK || status == FDL_E_PLACE, "settle");
-  }
-  require(std::all_of(data.begin(), data.end(), [](char byte) { return byte == 1; }), "settled memory is as it was");
-  require(fdl_settle(kernels, data.data(), 0, kBytes, 0) == FDL_E_ARGUMENT, "nothing to settle");
+  std::vector<uint16_t> data(static_cast<size_t>(fdl_packed_bytes() / 2), 1), probed((1 << 20) * 3 / 2, 1);
+  const auto tried = [](int32_t status) { return status == FDL_OK || status == FDL_E_PLACE; };
+  require(tried(fdl_settle(kernels, data.data(), 0)) && tried(fdl_settle(kernels, data.data(), 1)), "settle");
+  require(tried(fdl_probe_settle(kernels, probed.data(), static_cast<int64_t>(probed.size()) * 2)), "settle a probe");
+  const auto untouched = [](const auto& all) { return std::all_of(all.begin(), all.end(), [](auto one) { return one == 1; }); };
+  require(untouched(data) && untouched(probed), "settled memory is as it was");
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ import torch
 
 from fiddler_runtime import Engine, ExpertWeights, FiddlerWarning
 from fiddler_runtime.kernels import Kernels
-from fiddler_runtime.machine import NodeCpus
+from fiddler_runtime.machine import NodeCpus, refuses_placement
 from fiddler_runtime.plan import Plan
 
 SPEC = runtime_samples.small_spec()
@@ -49,6 +49,7 @@ def hold(engine: Engine) -> list[int]:
     return sorted(address for row in engine._store.pointers for address in row if address)
 
 
+@pytest.mark.skipif(bool(refuses_placement()), reason=f"mbind is refused: {refuses_placement()}")
 @pytest.mark.parametrize("cached", [False, True])
 def test_every_packed_expert_is_settled(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settled: list[tuple[int, bool]], cached: bool
@@ -77,13 +78,14 @@ def test_experts_that_do_not_fit_into_memory_stay_where_they_are(
 def test_a_refusal_is_told_once(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
     put_on_nodes(monkeypatch, 0, 1023)
     cache = tmp_path / "cache" if cached else None
-    with pytest.warns(FiddlerWarning, match=r"the system refuses mbind; hint: .*SYS_NICE") as told:
+    with pytest.warns(FiddlerWarning, match=r"lie on other memory nodes .*; hint: ") as told:
         Engine(plan, ExpertWeights.random(), threads=2, packed_cache=cache).close()
     assert len(told) == 1
     assert told[0].filename == __file__
 
 
-def test_on_one_node_nobody_speaks_of_nodes(plan: Plan) -> None:
+def test_on_one_node_nobody_speaks_of_nodes(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fiddler_runtime.engine.lane_cpus", lambda threads: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with Engine(plan, ExpertWeights.random(), threads=2) as engine:

@@ -206,7 +206,7 @@ MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n"}
                 "proc/self/cgroup": "0::/job/step\n",
                 "sys/fs/cgroup/job/memory.max": "5000000\n",
                 "sys/fs/cgroup/job/memory.current": "3000000\n",
-                "sys/fs/cgroup/job/memory.stat": "anon 1\ninactive_file 500000\n",
+                "sys/fs/cgroup/job/memory.stat": "anon 1\ninactive_file 300000\nactive_file 200000\n",
                 "sys/fs/cgroup/job/step/memory.max": "max\n",
                 "sys/fs/cgroup/job/step/memory.current": "3000000\n",
             },

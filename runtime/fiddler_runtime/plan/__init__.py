@@ -39,7 +39,6 @@ from .schema import (
     Tables,
     TunedCandidate,
     Tuning,
-    packed_blocks,
     packed_bytes,
 )
 from .writer import check_destination, write_plan
@@ -77,7 +76,6 @@ __all__ = [
     "TunedCandidate",
     "Tuning",
     "check_destination",
-    "packed_blocks",
     "packed_bytes",
     "peek_version",
     "read_plan",

@@ -255,24 +255,19 @@ class KernelSpec:
         return self.expert.packed_bytes
 
 
-def packed_blocks(hidden_size: int, intermediate_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Blocks of a packed expert, (how many, bytes of each): gate/up's, of 16+16 outputs over pairs of hidden, then
-    down's, of 32 outputs over pairs of intermediate."""
+def packed_bytes(hidden_size: int, intermediate_size: int, bias: bool = False) -> int:
+    """Size of one packed expert: gate/up blocks of 16+16 outputs over hidden pairs, down blocks of 32 over pairs.
 
-    def parts(n: int, by: int) -> int:
+    With biases, 32 fp32 for each block follow.
+    """
+
+    def blocks(n: int, by: int) -> int:
         return -(-n // by)
 
-    row = 32 * 2 * 2
-    return (
-        (parts(intermediate_size, 16), parts(hidden_size, 2) * row),
-        (parts(hidden_size, 32), parts(intermediate_size, 2) * row),
-    )
-
-
-def packed_bytes(hidden_size: int, intermediate_size: int, bias: bool = False) -> int:
-    """Size of one packed expert: its blocks; with biases, 32 fp32 for each block follow."""
-    biases = 32 * 4 if bias else 0
-    return sum(count * (nbytes + biases) for count, nbytes in packed_blocks(hidden_size, intermediate_size))
+    gate_up = blocks(intermediate_size, 16) * blocks(hidden_size, 2) * 32 * 2 * 2
+    down = blocks(hidden_size, 32) * blocks(intermediate_size, 2) * 32 * 2 * 2
+    biases = (blocks(intermediate_size, 16) + blocks(hidden_size, 32)) * 32 * 4 if bias else 0
+    return gate_up + down + biases
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fiddler_runtime import arena
 from fiddler_runtime.build import build_kernels
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary, Kernels, make_pointers
-from fiddler_runtime.machine import missing_flags, this_machine
+from fiddler_runtime.machine import lane_cpus, missing_flags, this_machine, usable_cores
 from fiddlerc.codegen import generate
 
 from .shapes import Shape
@@ -122,8 +122,9 @@ class Ours(Contender):
         self._packed = arena.allocate(weights.count * stride).view(weights.count, stride // 2)
         self._packed = self._packed[:, : self.library.packed_bytes // 2]
         intermediate = weights.intermediate_size
-        with self.library.open(self.isa) as kernels:
+        with self.library.open(self.isa, cpus=lane_cpus(usable_cores())) as kernels:
             for e in range(weights.count):
+                kernels.settle(self._packed[e])
                 gate, up = weights.gate_up[e, :intermediate], weights.gate_up[e, intermediate:]
                 kernels.pack(gate, up, weights.down[e], self._packed[e])
         self.share_packed(self)
@@ -139,7 +140,7 @@ class Ours(Contender):
     def set_threads(self, threads: int) -> None:
         if self._kernels is not None:
             self._kernels.close()
-        self._kernels = self.library.open(self.isa, threads)
+        self._kernels = self.library.open(self.isa, threads, cpus=lane_cpus(threads))
 
     def expert(self, e: int, x: torch.Tensor) -> torch.Tensor:
         tokens = x.shape[0]

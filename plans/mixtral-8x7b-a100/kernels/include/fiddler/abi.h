@@ -23,7 +23,7 @@ enum fdl_status {
   FDL_E_MEMORY = -3,    /* an allocation failed */
   FDL_E_THREAD = -4,    /* a worker thread could not be started */
   FDL_E_STALL = -5,     /* a step made no progress and was given up */
-  FDL_E_PLACE = -6      /* the system does not place memory on a node */
+  FDL_E_PLACE = -6      /* memory is not on the node where it belongs */
 };
 
 /* How one expert of one layer is executed in one step. */
@@ -120,11 +120,10 @@ typedef struct fdl_expert {
 int32_t fdl_pack(fdl_kernels*, const fdl_expert* expert, uint16_t* packed);
 int32_t fdl_unpack(fdl_kernels*, const uint16_t* packed, const fdl_expert* expert);
 
-/* Puts memory on the nodes of the threads that use it: of `tasks` blocks of so many bytes, one after another, that are dealt out
- * alike (gate and up of a packed expert, or down). Before it is first written, or, present != 0, when it is there or in a
- * file: then its pages move.
- * FDL_E_PLACE if the system refuses: it lies where those threads first wrote or read it. Nothing where nodes are not known. */
-int32_t fdl_settle(fdl_kernels*, void* data, int64_t tasks, int64_t task_bytes, int32_t present);
+/* Puts the memory of a packed expert on the nodes of the threads that read it: before it is first written, or, present != 0, when
+ * it is there or in a file: then its pages move. FDL_E_PLACE if it is not there in the end, as the system refuses or a node is
+ * full: it can be used all the same. Nothing where nodes are not known. */
+int32_t fdl_settle(fdl_kernels*, uint16_t* packed, int32_t present);
 
 int32_t fdl_moe(fdl_kernels*, const fdl_moe_call*);
 
@@ -193,6 +192,7 @@ void fdl_flag_write(uint32_t* flag, uint32_t value);
 void fdl_flag_wait(const uint32_t* flag, uint32_t value);
 
 /* Measured limits of this machine, with this context's threads. */
+int32_t fdl_probe_settle(fdl_kernels*, void* data, int64_t bytes); /* as fdl_settle, what fdl_probe_read reads; from 1 MiB on */
 int32_t fdl_probe_read(fdl_kernels*, const void* data, int64_t bytes, double* gbps);  /* from 512 bytes on */
 int32_t fdl_probe_peak(fdl_kernels*, double milliseconds, double* gflops); /* of this variant's multiply instruction */
 

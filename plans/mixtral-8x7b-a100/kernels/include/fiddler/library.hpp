@@ -113,6 +113,16 @@ int32_t guarded(fdl_kernels* kernels, Body body) {
   }
 }
 
+constexpr int64_t kProbePiece = 1 << 20;  // that a thread reads at a time where bandwidth is measured
+
+inline int32_t settled(fdl_kernels* kernels, std::initializer_list<Tasks> stages, const char* end, bool present) {
+  if (!kernels) return FDL_E_ARGUMENT;
+  if (kernels->nodes.size() < 2) return FDL_OK;
+  return guarded(kernels, [&](Instance& here) -> int32_t {
+    return settle(here.pool, kernels->nodes.data(), stages, end, present) ? FDL_OK : FDL_E_PLACE;
+  });
+}
+
 // Calls work(i) for 0 <= i < sum of `waves` on all threads, which share every wave alike. Throws std::bad_alloc.
 template <class Work>
 void parallel_for(Pool& pool, std::initializer_list<int64_t> waves, Work work) {
@@ -168,7 +178,7 @@ const char* fdl_error_text(int32_t status) {
     case FDL_E_ARGUMENT: return "a pointer is null or a size is out of range";
     case FDL_E_MEMORY: return "out of memory";
     case FDL_E_THREAD: return "a worker thread could not be started";
-    case FDL_E_PLACE: return "the system refuses to place memory on a node (mbind)";
+    case FDL_E_PLACE: return "memory is not on the node where it belongs";
     case FDL_E_STALL: return "a step made no progress and was given up";
     default: return "unknown status";
   }
@@ -249,13 +259,12 @@ int32_t fdl_unpack(fdl_kernels* kernels, const uint16_t* packed, const fdl_exper
   });
 }
 
-int32_t fdl_settle(fdl_kernels* kernels, void* data, int64_t tasks, int64_t task_bytes, int32_t present) {
-  if (!kernels || !data || tasks < 1 || task_bytes < 1 || tasks > INT64_MAX / task_bytes / fdl::kMostThreads) return FDL_E_ARGUMENT;
-  if (kernels->nodes.size() < 2) return FDL_OK;
-  return fdl::guarded(kernels, [&](fdl::Instance& here) -> int32_t {
-    const bool placed = fdl::settle(here.pool, kernels->nodes.data(), static_cast<char*>(data), tasks, task_bytes, present != 0);
-    return placed ? FDL_OK : FDL_E_PLACE;
-  });
+int32_t fdl_settle(fdl_kernels* kernels, uint16_t* packed, int32_t present) {
+  if (!packed) return FDL_E_ARGUMENT;
+  auto* data = reinterpret_cast<char*>(packed);
+  return fdl::settled(kernels, {{data, fdl::kGateUpBlocks, fdl::kGateUpBlockLanes * 4},
+                                {data + fdl::kDownOffsetLanes * 4, fdl::kDownBlocks, fdl::kDownBlockLanes * 4}},
+                      data + fdl::kPackedBytes, present != 0);
 }
 
 int32_t fdl_moe(fdl_kernels* kernels, const fdl_moe_call* call) {
@@ -311,14 +320,19 @@ void fdl_flag_wait(const uint32_t* flag, uint32_t value) {
   fdl::look_until([=] { return fdl::flag_reached(flag, value); });
 }
 
+int32_t fdl_probe_settle(fdl_kernels* kernels, void* data, int64_t bytes) {
+  if (!data || bytes < fdl::kProbePiece) return FDL_E_ARGUMENT;
+  auto* begin = static_cast<char*>(data);
+  return fdl::settled(kernels, {{begin, bytes / fdl::kProbePiece, fdl::kProbePiece}}, begin + bytes, true);
+}
+
 int32_t fdl_probe_read(fdl_kernels* kernels, const void* data, int64_t bytes, double* gbps) {
   if (!kernels || !data || bytes < 4 * fdl::kRowBytes || !gbps) return FDL_E_ARGUMENT;
   return fdl::guarded(kernels, [&](fdl::Instance& here) -> int32_t {
-    constexpr int64_t kPiece = 1 << 20;
     const int64_t begin = fdl::now_ns();
-    fdl::parallel_for(here.pool, {(bytes + kPiece - 1) / kPiece}, [&](int64_t i) {
-      const int64_t first = i * kPiece;
-      const int64_t length = bytes - first < kPiece ? bytes - first : kPiece;
+    fdl::parallel_for(here.pool, {(bytes + fdl::kProbePiece - 1) / fdl::kProbePiece}, [&](int64_t i) {
+      const int64_t first = i * fdl::kProbePiece;
+      const int64_t length = bytes - first < fdl::kProbePiece ? bytes - first : fdl::kProbePiece;
       kernels->variant.read(static_cast<const char*>(data) + first, length);
     });
     const int64_t elapsed = fdl::now_ns() - begin;

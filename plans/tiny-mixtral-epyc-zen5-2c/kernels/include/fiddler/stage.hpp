@@ -1,8 +1,8 @@
 // The tasks of one stage of a layer, dealt out to threads in advance.
 //
 // Every thread has its own share and a counter of its own for it; who is through helps the others, so a thread that the
-// system runs late delays nobody. A thread's share of an expert's blocks is the same in every call and when weights are packed:
-// pages lie on the memory node of the thread that first wrote them and that reads them.
+// system runs late delays nobody. A thread's share of an expert's blocks is the same in every call, so that they can
+// lie on its memory node (near_memory.hpp).
 //
 // No cache line is written by more than kGroup threads: claims are per thread, completions are counted per group of threads,
 // then groups (docs/kernels.md has the model).
