@@ -2,7 +2,7 @@
 # Runs what needs several memory nodes on an emulated machine of two CPUs for each: tests/nodes.sh [NODES [COMMAND ...]]
 #
 # QEMU boots Debian's kernel (apt-get download), sees this machine's files, read-only, and keeps what it writes in memory, but for
-# /tmp, which is a disk with ext4. Needs packages qemu-system-x86, busybox-static, cpio, e2fsprogs; no rights, no KVM. Emulation: it
+# /mnt, where temporary files go: a disk with ext4. Needs packages qemu-system-x86, busybox-static, cpio, e2fsprogs; no rights, no KVM. Emulation: it
 # tells where pages lie, not how fast they are.
 set -euo pipefail
 
@@ -20,7 +20,8 @@ mkdir -p "$work"
 cd "$work"
 
 if [ ! -d kernel ]; then
-  package=$(apt-cache depends linux-image-amd64 | grep -o 'linux-image-[0-9][^ ]*' | head -1)
+  package=$(apt-cache depends linux-image-amd64 2> /dev/null | grep -o 'linux-image-[0-9][^ ]*' | head -1 || true)
+  [ "$package" ] || { echo "nodes.sh: no package linux-image-amd64; hint: apt-get update, on Debian" >&2; exit 1; }
   apt-get download "$package"
   dpkg-deb -x "$package"_*.deb kernel.partial
   mv kernel.partial kernel
@@ -47,14 +48,14 @@ mount -t sysfs sys /new/sys
 mount -t devtmpfs dev /new/dev
 mkdir /new/dev/shm
 mount -t tmpfs shm /new/dev/shm
-mount -t ext4 /dev/vda /new/tmp
+mount -t ext4 /dev/vda /new/mnt
 chroot /new /bin/bash $work/guest.sh < /dev/null
 echo "status \$?"
 poweroff -f
 EOF
 chmod +x root/init
 {
-  printf 'export HOME=%q PATH=%q FIDDLER_MEMORY_NODES=%q\ncd %q\n' "$HOME" "$PATH" "$nodes" "$repository"
+  printf 'export TMPDIR=/mnt HOME=%q PATH=%q FIDDLER_MEMORY_NODES=%q\ncd %q\n' "$HOME" "$PATH" "$nodes" "$repository"
   printf '%q ' "$@"
 } > guest.sh
 (cd root && find . | cpio --quiet -o -H newc) | gzip > root.gz

@@ -20,6 +20,7 @@ from fiddler_runtime.machine import (
     KNOWN_ISAS,
     Machine,
     cpu_lane_threads,
+    cpus_by_node,
     find_accelerator,
     lane_cpus,
     refused,
@@ -116,6 +117,8 @@ def _memory_nodes(machine: Machine, root: Path) -> Check:
     if machine.numa_nodes == 1:
         return Check("NUMA", "ok", "1 node", "")
     nodes, threads = f"{machine.numa_nodes} nodes", cpu_lane_threads(machine.cores, machine.accelerator.kind)
+    if len(cpus_by_node(root)) == 1:
+        return Check("NUMA", "ok", f"{nodes}, of which this process computes on one", "")
     if lane_cpus(threads, root) is None:
         detail = f"{nodes}, over which {threads} threads do not spread evenly: weights lie where they are first written"
         return Check("NUMA", "note", detail, "taskset --cpu-list ...   (as many cores of each node, or of one)")

@@ -15,7 +15,7 @@ def allocate(nbytes: int) -> torch.Tensor:
 
     Memory is taken from the system page by page as it is first written.
     """
-    # Linux begins a mapping at a huge page if its length is a multiple of one.
+    # Linux, from 6.7 on, begins a mapping at a huge page if its length is a multiple of one.
     length = (nbytes + mmap.PAGESIZE + _HUGE - 1) // _HUGE * _HUGE
     memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     _advise(memory, "MADV_NOHUGEPAGE")

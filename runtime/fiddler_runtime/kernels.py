@@ -252,8 +252,8 @@ class Kernels:
         """Puts the memory of a packed expert, bf16 [packed_bytes / 2], on the nodes of the threads that read it.
 
         present  its pages are there, or in a mapped file, and move. Else nobody may have written to it before
-        False if it is not there in the end: the system refuses, or a node is full. Nothing happens, and True is
-        returned, where the threads are on one node.
+        False if the system refuses or, unless it is present, a node is full. Nothing happens, and True is returned,
+        where the threads are on one node.
         """
         _expect_bf16("packed expert", packed, (self.library.packed_bytes // 2,))
         return self._settled(self._native.fdl_settle(self._open(), packed.data_ptr(), present))

@@ -213,6 +213,15 @@ def threads_of_nodes(threads: int, nodes: int) -> list[int]:
     return [threads * (node + 1) // nodes - threads * node // nodes for node in range(nodes)]
 
 
+def cpus_by_node(root: Path = Path("/"), affinity: Iterable[int] | None = None) -> dict[int, list[int]]:
+    """The CPUs of `core_cpus` by the memory node that they are on."""
+    nodes: dict[int, list[int]] = {}
+    for cpu in core_cpus(root, affinity):
+        folder = next((root / f"sys/devices/system/cpu/cpu{cpu}").glob("node[0-9]*"), None)
+        nodes.setdefault(0 if folder is None else int(folder.name.removeprefix("node")), []).append(cpu)
+    return nodes
+
+
 def lane_cpus(
     threads: int, root: Path = Path("/"), affinity: Iterable[int] | None = None
 ) -> tuple[NodeCpus, ...] | None:
@@ -220,10 +229,7 @@ def lane_cpus(
 
     None on a machine of one node, where the system may move threads as it likes, and if a node has too few cores.
     """
-    nodes: dict[int, list[int]] = {}
-    for cpu in core_cpus(root, affinity):
-        folder = next((root / f"sys/devices/system/cpu/cpu{cpu}").glob("node[0-9]*"), None)
-        nodes.setdefault(0 if folder is None else int(folder.name.removeprefix("node")), []).append(cpu)
+    nodes = cpus_by_node(root, affinity)
     count = len(nodes)
     if not 2 <= count <= threads:
         return None
@@ -236,7 +242,7 @@ def lane_cpus(
 
 
 def refuses_placement() -> str:
-    """Why the system places no memory on a node (mbind); "" if it does, or has but one."""
+    """Why the system places no memory on a node (mbind); "" if it does."""
     call = ctypes.CDLL(None, use_errno=True).syscall
     return "" if call(_MBIND, 0, 0, 0, 0, 0, 0) == 0 else os.strerror(ctypes.get_errno())
 

@@ -171,6 +171,7 @@ def measure(
         trust_binaries=False,
         progress=None,
     )
+    model.fiddler._kernels.settle_probed(probed)
     rates: dict[tuple[str, str], list[float]] = {}
 
     def regime() -> str | None:

@@ -80,12 +80,15 @@ def test_a_cpu_without_avx2_is_told_how_slow_it_is(tmp_path: Path) -> None:
         (True, "", "ok", "2 nodes: weights lie on the one"),
         (True, "forbidden", "note", "2 nodes, but mbind is refused (forbidden)"),
         (False, "", "note", "2 nodes, over which"),
+        (None, "", "ok", "2 nodes, of which this process computes on one"),
     ],
 )
 def test_several_numa_nodes_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spread: bool, refused: str, status: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spread: bool | None, refused: str, status: str, told: str
 ) -> None:
     monkeypatch.setattr("fiddlerc.hardware.checks.refuses_placement", lambda: refused)
+    by_node = {0: [0]} if spread is None else {0: [0], 1: [1]}
+    monkeypatch.setattr("fiddlerc.hardware.checks.cpus_by_node", lambda root: by_node)
     monkeypatch.setattr("fiddlerc.hardware.checks.lane_cpus", lambda threads, root: ((0, (0,)),) if spread else None)
     check = checks(machine(tmp_path, COMPLETE, nodes=2))["NUMA"]
     assert (check.status, bool(check.hint)) == (status, status == "note") and check.detail.startswith(told)

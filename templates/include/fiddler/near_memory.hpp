@@ -62,26 +62,28 @@ struct Tasks {
   }
   // Has a task's memory read or, where there is none yet, taken. Changes nothing in it.
   void touch(int64_t task, bool present) const {
-    for (int64_t at = task * bytes; at < (task + 1) * bytes; at += static_cast<int64_t>(Pages::kBytes)) {
+    const Pages own(data + task * bytes, data + (task + 1) * bytes);
+    for (uintptr_t page = own.begin; page < own.end; page += Pages::kBytes) {
+      auto* byte = reinterpret_cast<char*>(page);
       if (present)
-        static_cast<void>(*static_cast<volatile char*>(data + at));
+        static_cast<void>(*static_cast<volatile char*>(byte));
       else  // reading first would have a page of zeros put there, which writing then replaces by small ones
-        asm volatile("orb $0, %0" : "+m"(data[at]));
+        asm volatile("orb $0, %0" : "+m"(*byte));
     }
   }
 };
 
 // Puts the memory of tasks on the nodes of the threads that do them. All of it, and what else lies before `end`, follows
 // `stages`' first. present: its pages are there, or in a file; else nobody has written to it yet.
-// False if more than a few are not there in the end: the system refuses, or a node is full. Throws std::bad_alloc.
+// False if the system refuses or, not of a file, more than a few are not there in the end: a node is full. Throws std::bad_alloc.
 inline bool settle(Pool& pool, const int32_t* nodes, std::initializer_list<Tasks> stages, const char* end, bool present) {
   const auto for_each_node = [&](auto work) {
     for (const Tasks& tasks : stages)
       for (int node = 0; node < pool.nodes(); ++node) work(tasks.pages(pool, node), nodes[node]);
   };
-  const auto place = [&] {
+  const auto place = [&](bool move) {
     bool advised = true;
-    for_each_node([&](const Pages& pages, int32_t node) { advised &= pages.prefer(&node, 1, present); });
+    for_each_node([&](const Pages& pages, int32_t node) { advised &= pages.prefer(&node, 1, move); });
     return advised;
   };
   const auto placed = [&] {
@@ -90,7 +92,7 @@ inline bool settle(Pool& pool, const int32_t* nodes, std::initializer_list<Tasks
     return counts[0] * 16 <= counts[0] + counts[1];  // a large page at a border is on one of its sides
   };
   // Where the system takes no advice, everyone touches what he will read himself. Not all of a team need come.
-  const bool helps = present || place() || pool.beside_torch();
+  const bool helps = present || place(false) || pool.beside_torch();
   for (const Tasks& tasks : stages) {
     Stage stage(pool);
     stage.begin(pool.threads());
@@ -99,13 +101,19 @@ inline bool settle(Pool& pool, const int32_t* nodes, std::initializer_list<Tasks
     auto job = [&](int thread) { stage.work_off(thread, [&](int64_t task, int64_t) { tasks.touch(task, present); }, helps); };
     pool.run(job);
   }
-  if (present && !placed()) place();  // a file's pages are read to anywhere, whatever was said
+  // A file's pages are read to anywhere, whatever was said, and a page may have been there with what lies before it. How many of
+  // a file's move is the system's business: some are large, and move as a whole, some are others' too.
+  bool settled = placed();
+  if (!settled) {
+    const bool moved = place(true);
+    settled = present ? moved : placed();
+  }
   // Advice that differs parts a mapping, and a process may have only so many parts. But none at all would have the system look
   // again and again whether pages had better be elsewhere, and make huge ones of small ones that are on two nodes.
   const Pages whole(stages.begin()->data, end);
   whole.prefer(nodes, pool.nodes(), false);
   if (!present && whole.begin < whole.end) madvise(reinterpret_cast<void*>(whole.begin), whole.end - whole.begin, MADV_NOHUGEPAGE);
-  return placed();
+  return settled;
 }
 
 }  // namespace fdl

@@ -121,8 +121,8 @@ int32_t fdl_pack(fdl_kernels*, const fdl_expert* expert, uint16_t* packed);
 int32_t fdl_unpack(fdl_kernels*, const uint16_t* packed, const fdl_expert* expert);
 
 /* Puts the memory of a packed expert on the nodes of the threads that read it: before it is first written, or, present != 0, when
- * it is there or in a file: then its pages move. FDL_E_PLACE if it is not there in the end, as the system refuses or a node is
- * full: it can be used all the same. Nothing where nodes are not known. */
+ * it is there or in a file: then its pages move. FDL_E_PLACE if the system refuses or, present == 0, a node is full: it
+ * can be used all the same. Nothing where nodes are not known. */
 int32_t fdl_settle(fdl_kernels*, uint16_t* packed, int32_t present);
 
 int32_t fdl_moe(fdl_kernels*, const fdl_moe_call*);
