@@ -30,7 +30,7 @@ from .plan import ABI_VERSION, KernelSpec
 
 _OK, _E_ISA, _E_PLACE = 0, -1, -6
 _ALIGNMENT = 64
-_LEAST_READ = 512
+_LEAST_READ, _LEAST_SETTLED = 512, 1 << 20
 _LEAVE_IT = "leave the instruction set to the runtime, which takes the best that runs here"
 # struct fdl_moe_call. A call has streamed weights through the caches; the fewer Python objects the next one needs, the
 # fewer come from memory again. (A ctypes.Structure takes several times as long.)
@@ -260,6 +260,7 @@ class Kernels:
 
     def settle_probed(self, data: torch.Tensor) -> bool:
         """The same for what `read_gbps` reads, which is there and at least 1 MiB."""
+        _expect_readable(data, _LEAST_SETTLED)
         return self._settled(self._native.fdl_probe_settle(self._open(), data.data_ptr(), data.nbytes))
 
     def _settled(self, status: int) -> bool:
@@ -332,10 +333,7 @@ class Kernels:
 
     def read_gbps(self, data: torch.Tensor) -> float:
         """GB/s of all threads reading `data` (contiguous, on the CPU, at least 512 bytes) once."""
-        if not data.is_contiguous() or not data.is_cpu or data.nbytes < _LEAST_READ:
-            raise FiddlerError(
-                "wrong buffer to read", found=_shown(data), expected=f"contiguous, {_LEAST_READ} bytes or more, on cpu"
-            )
+        _expect_readable(data, _LEAST_READ)
         result = c_double()
         status = self._native.fdl_probe_read(self._open(), data.data_ptr(), data.nbytes, byref(result))
         self.library.check(status, "measure the memory bandwidth")
@@ -453,6 +451,13 @@ def _expect_bf16(name: str, tensor: torch.Tensor, shape: tuple[int, ...], *, con
         or not tensor.is_cpu
     ):
         raise FiddlerError(f"wrong {name}", found=_shown(tensor), expected=_wanted(torch.bfloat16, shape))
+
+
+def _expect_readable(data: torch.Tensor, least: int) -> None:
+    if not data.is_contiguous() or not data.is_cpu or data.nbytes < least:
+        raise FiddlerError(
+            "wrong buffer to read", found=_shown(data), expected=f"contiguous, {least} bytes or more, on cpu"
+        )
 
 
 def _shown(tensor: torch.Tensor) -> str:

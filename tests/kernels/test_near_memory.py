@@ -1,4 +1,4 @@
-"""Threads read their own node's part of the weights: who packs a block and who computes with it, counted.
+"""Threads read their own node's part of the weights, counted.
 
 On a machine with one node the nodes are only said. Where pages lie where there are several: test_memory_nodes.py.
 """
@@ -49,7 +49,7 @@ Run = Callable[[int, int, int], tuple[int, int]]
 
 @pytest.fixture(scope="module", params=SHAPES)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """run(tokens, nodes, readers): blocks that are read on the node which packed them, and others."""
+    """run(tokens, nodes, readers): blocks that are read by threads of the node of their part, and others."""
     folder = tmp_path_factory.mktemp("near")
     generate(*SHAPES[request.param], ("scalar",)).write(folder)
     driver = folder / "near_memory"
@@ -69,7 +69,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.parametrize("nodes", [2, 4])
 @pytest.mark.parametrize("tokens", [8, 64, 2400])
-def test_blocks_are_read_where_they_were_packed(run: Run, tokens: int, nodes: int) -> None:
+def test_blocks_are_read_where_they_lie(run: Run, tokens: int, nodes: int) -> None:
     """But for some at the borders between threads, and what a thread that was early did for another."""
     near, far = run(tokens, nodes, nodes)
     print(f"far: {far / (near + far):.1%}")
@@ -165,7 +165,7 @@ def test_only_an_expert_is_settled() -> None:
         half = arena.allocate(kernels.library.packed_bytes // 2)
         with pytest.raises(FiddlerError, match="wrong packed expert"):
             kernels.settle(half)
-        with pytest.raises(FiddlerError, match="cannot place memory"):
+        with pytest.raises(FiddlerError, match="wrong buffer to read"):
             kernels.settle_probed(half[:100])
 
 

@@ -220,7 +220,7 @@ void forks(fdl_kernels* kernels) {
   busy.join();
 }
 
-// Memory that is nobody's yet, then the same again: on every system it is there, with what was in it.
+// Memory that is said to be nobody's yet, then to be there: on every system it is as it was.
 void settles(fdl_kernels* kernels) {
   std::vector<uint16_t> data(static_cast<size_t>(fdl_packed_bytes() / 2), 1), probed((1 << 20) * 3 / 2, 1);
   const auto tried = [](int32_t status) { return status == FDL_OK || status == FDL_E_PLACE; };
