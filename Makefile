@@ -2,6 +2,7 @@
 # make test   all tests; what CI runs
 # make plans  the shipped plans again
 # make check  seconds: formatting, types, import rules, goldens, fast tests
+# make lint   formatting and types alone
 PYTHON ?= python3
 VENV   ?= .venv
 DEMO   := build/demo
@@ -12,7 +13,7 @@ FAST   := -m 'not slow and not gpu'
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
 
-.PHONY: demo test check test-gpu test-nodes test-sanitizers plans models golden clean
+.PHONY: demo test lint check test-gpu test-nodes test-sanitizers plans models golden clean
 
 # torch goes first: with it in place, no other requirement can pull in a different build of it.
 $(READY): pyproject.toml constraints.txt
@@ -44,6 +45,11 @@ demo: $(DEMO)/plan/plan.json
 
 test: $(READY)
 	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 check: $(READY)
 	$(BIN)/ruff check .

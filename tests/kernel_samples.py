@@ -25,6 +25,21 @@ SHAPES = ((8, 24), (129, 40), (41, 2880), (768, 33), (2880, 129), (256, 1408))
 FORMS: tuple[tuple[Activation, bool], ...] = (("silu", True), ("gptoss", True), ("gelu", False), ("gelu_tanh", True))
 
 
+EMULATED = Path(__file__).parent / "kernels" / "emulated"
+
+
+def emulated(sources: KernelSources) -> KernelSources:
+    """The same with the tile instructions of AMX emulated, and AVX-512 where this CPU lacks it: then with AVX2."""
+    lacking = [TARGETS[isa] for isa in ("avx512_bf16", "avx512f") if missing_flags(isa)]
+    headers = ("amx_permission.hpp", "amx_tiles.hpp", "vectors.hpp", *(target.header for target in lacking))
+    files = {**sources.files, **{f"include/fiddler/{name}": (EMULATED / name).read_text() for name in headers}}
+    for target in lacking:
+        files["library.cpp"] = files["library.cpp"].replace(f" {target.check},", " always,")
+        # The longer list first: the other one is its beginning.
+        files["CMakeLists.txt"] = files["CMakeLists.txt"].replace(";".join(target.flags), "-mavx2;-mfma;-Og")
+    return replace(sources, files=files)
+
+
 @functools.cache
 def library(
     hidden: int,
@@ -33,42 +48,31 @@ def library(
     activation: Activation = "silu",
     bias: bool = False,
     machine: Machine | None = None,
+    emulate: bool = False,
 ) -> KernelLibrary:
     sources = generate(hidden, intermediate, isas, activation=activation, bias=bias, machine=machine)
-    with tempfile.TemporaryDirectory() as folder:
-        return KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)
-
-
-EMULATED = Path(__file__).parent / "kernels" / "emulated"
-
-
-def emulated(sources: KernelSources) -> KernelSources:
-    """The same with the tile instructions of AMX emulated; it then runs where AVX512_BF16 does."""
-    files = {f"include/fiddler/{path.name}": path.read_text() for path in EMULATED.iterdir()}
-    assert files.keys() < sources.files.keys()
-    return replace(sources, files={**sources.files, **files})
-
-
-@functools.cache
-def emulated_library(hidden: int, intermediate: int, activation: Activation, bias: bool) -> KernelLibrary:
-    sources = emulated(generate(hidden, intermediate, ("amx_bf16",), activation=activation, bias=bias))
+    if emulate:
+        sources = emulated(sources)
     with tempfile.TemporaryDirectory() as folder:
         return KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)
 
 
 def open_isa(
-    shape: tuple[int, int], isa: str, threads: int = 2, activation: Activation = "silu", bias: bool = False
+    shape: tuple[int, int],
+    isa: str,
+    threads: int = 2,
+    activation: Activation = "silu",
+    bias: bool = False,
+    machine: Machine | None = None,
 ) -> Kernels:
-    """The kernels of exactly that instruction set; skips the test, naming the flag, if this CPU lacks it.
+    """The kernels of exactly that instruction set, cut for `machine`; emulated if this CPU lacks it.
 
-    Tiles of AMX are emulated where there are none.
+    Skips the test, naming the flag, if there is no AVX2 to emulate it with.
     """
-    emulation = isa == "amx_bf16" and bool(refused(isa))
-    missing = missing_flags("avx512_bf16" if emulation else isa)
-    if missing:
+    if missing_flags("avx2") and (missing := missing_flags(isa)):
         pytest.skip(f"{isa} needs CPU flags that are missing here: {' '.join(missing)}")
-    built = emulated_library(*shape, activation, bias) if emulation else library(*shape, None, activation, bias)
-    kernels = built.open(isa, threads)
+    isas = None if machine is None else (isa,)
+    kernels = library(*shape, isas, activation, bias, machine, emulate=bool(refused("amx_bf16"))).open(isa, threads)
     assert kernels.isa == isa
     return kernels
 

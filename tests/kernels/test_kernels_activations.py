@@ -12,7 +12,6 @@ from kernel_samples import (
     activated,
     before,
     empty_packed,
-    library,
     one_expert,
     open_isa,
     random_expert,
@@ -67,7 +66,7 @@ def integers(activation: Activation, bias: bool, tokens: int) -> tuple[Expert, t
 @every_isa
 @every_form
 def test_integers_are_exact(activation: Activation, bias: bool, isa: str) -> None:
-    with opened(isa, activation, bias) as kernels, library(*SHAPE, None, activation, bias).open("scalar", 1) as scalar:
+    with opened(isa, activation, bias) as kernels, opened("scalar", activation, bias) as scalar:
         for tokens in TOKENS:
             expert, hidden = integers(activation, bias, tokens)
             expected, _ = reference(expert, hidden, activation)
@@ -226,6 +225,6 @@ def test_biases_that_do_not_fit_are_refused() -> None:
             kernels.pack(*matrices, packed, (expert.biases[2], *expert.biases[1:]))
         with pytest.raises(FiddlerError, match="wrong bias: found float32"):
             kernels.pack(*matrices, packed, tuple(bias.float() for bias in expert.biases))
-    with library(8, 24).open("scalar", 1) as plain, pytest.raises(FiddlerError, match=r"wrong biases.*expected none"):
+    with open_isa((8, 24), "scalar") as plain, pytest.raises(FiddlerError, match=r"wrong biases.*expected none"):
         small = random_expert((8, 24), torch.Generator().manual_seed(3), bias=True)
         small.packed(plain)

@@ -12,7 +12,6 @@ from kernel_samples import (
     ISAS,
     SHAPES,
     Expert,
-    emulated_library,
     library,
     one_expert,
     open_isa,
@@ -24,7 +23,7 @@ from kernel_samples import (
 
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import Kernels, make_pointers
-from fiddler_runtime.machine import KNOWN_ISAS, missing_flags, refused, this_machine
+from fiddler_runtime.machine import KNOWN_ISAS, refused, this_machine
 from fiddler_runtime.makespan import CPU, IDLE, RESIDENT, SPLIT, STREAMED
 from fiddlerc.codegen.selection import most_of_one_pass
 from fiddlerc.codegen.targets import TARGETS
@@ -65,7 +64,7 @@ def integers(shape: tuple[int, int], tokens: int, generator: torch.Generator) ->
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"h{s[0]}_i{s[1]}")
 def test_integers_are_exact(shape: tuple[int, int], isa: str) -> None:
     generator = torch.Generator().manual_seed(1)
-    with open_isa(shape, isa) as kernels, library(*shape).open("scalar", 1) as scalar:
+    with open_isa(shape, isa) as kernels, open_isa(shape, "scalar", 1) as scalar:
         for tokens in token_counts(kernels):
             expert, hidden = integers(shape, tokens, generator)
             out = one_expert(kernels, expert, hidden)
@@ -108,10 +107,8 @@ def test_result_does_not_depend_on_threads_or_other_tokens(isa: str) -> None:
 
 
 def cut_for(shape: tuple[int, int], isa: str, isas: tuple[str, ...]) -> Kernels:
-    """That variant as it is cut for a CPU with all of `isas`; skips the test, naming the flag, if this one lacks it."""
-    if missing := missing_flags(isa):
-        pytest.skip(f"{isa} needs CPU flags that are missing here: {' '.join(missing)}")
-    return library(*shape, (isa,), machine=replace(this_machine("none"), isa=isas)).open(isa, 2)
+    """That variant as it is cut for a CPU with all of `isas`."""
+    return open_isa(shape, isa, machine=replace(this_machine("none"), isa=isas))
 
 
 @pytest.mark.parametrize("isa", ["avx2", "scalar"])
@@ -138,7 +135,7 @@ def test_cut_for_a_cpu_with_amx_one_pass_reads_four_places(shape: tuple[int, int
     hidden = torch.randn(17, shape[0], generator=generator).bfloat16()
     expected, bound = reference(expert, hidden)
     with cut_for(shape, isa, KNOWN_ISAS) as kernels:
-        (cut,) = (variant.blocking for variant in kernels.library.spec.variants)
+        (cut,) = (v.blocking for v in kernels.library.spec.variants if v.isa == isa)
         most = most_of_one_pass(TARGETS[isa], cut)
         for tokens in (1, 2, most, most + 1, 17):
             found = one_expert(kernels, expert, hidden[:tokens])
@@ -198,8 +195,9 @@ def test_the_emulation_of_tiles_is_what_a_cpu_does(tokens: int) -> None:
     hidden = torch.randn(tokens, LARGE[0], generator=generator).bfloat16()
     hidden[:, ::5] *= 2.0**-127
     hidden[-1, 3] = float("inf")
-    with library(*LARGE).open("amx_bf16") as real, emulated_library(*LARGE, "silu", False).open("amx_bf16") as emulated:
-        found, expected = (one_expert(kernels, expert, hidden) for kernels in (real, emulated))
+    real, emulated = (library(*LARGE, ("amx_bf16",), emulate=emulate) for emulate in (False, True))
+    with real.open("amx_bf16") as here, emulated.open("amx_bf16") as there:
+        found, expected = (one_expert(kernels, expert, hidden) for kernels in (here, there))
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     assert found[0].isfinite().all() == (tokens > 1) and (found != 0).any()
 

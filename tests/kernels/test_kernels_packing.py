@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_samples import SHAPES, Expert, library, open_isa, random_expert
+from kernel_samples import SHAPES, Expert, open_isa, random_expert
 
 from fiddler_runtime import orders
 from fiddler_runtime.errors import FiddlerError
@@ -59,7 +59,7 @@ def test_every_bit_pattern_survives(seed: int, shape: tuple[int, int]) -> None:
         return raw.view(torch.bfloat16)
 
     expert = Expert(bits(intermediate, hidden), bits(intermediate, hidden), bits(hidden, intermediate))
-    with library(hidden, intermediate).open("scalar", 1) as kernels:
+    with open_isa(shape, "scalar", 1) as kernels:
         packed = expert.packed(kernels)
         matrices = [torch.empty_like(m) for m in (expert.gate, expert.up, expert.down)]
         kernels.unpack(packed, *matrices)
@@ -99,7 +99,7 @@ def test_pack_takes_every_order_of_a_checkpoint_as_it_is(
             memory = torch.cat([shift, stored(names, *held)])[1:]
             kept += orders.views(memory, len(held), held[0].shape, names)
             assert orders.whole(kept[-len(held) :], names) is not None
-    with library(*shape, None, "silu", bias).open("scalar", 2) as kernels:
+    with open_isa(shape, "scalar", bias=bias) as kernels:
         expected = expert.packed(kernels)
         found = empty_packed(expected.nbytes)
         found.fill_(float("nan"))
@@ -116,7 +116,7 @@ def test_other_orders_are_refused() -> None:
     expert = random_expert((129, 40), torch.Generator().manual_seed(4))
     gaps = torch.zeros(80, 260, dtype=torch.bfloat16)[::2, ::2][:, :129]
     turn = torch.zeros(129, 80, dtype=torch.bfloat16).T
-    with library(129, 40).open("scalar", 1) as kernels:
+    with open_isa((129, 40), "scalar") as kernels:
         packed = empty_packed(kernels.library.packed_bytes)
         with pytest.raises(FiddlerError, match=r"wrong gate weights: found bfloat16 \[40, 129\] strides \(520, 2\)"):
             kernels.pack(gaps, gaps, expert.down, packed)

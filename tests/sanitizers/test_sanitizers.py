@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import cmake
@@ -22,10 +23,12 @@ SHAPE = (80, 200)
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_nothing_is_found(sanitizer: str, tmp_path: Path) -> None:
-    # Everything that experts may have; tiles emulated, whether or not this CPU has them.
+    # Everything that experts may have; tiles emulated, whether or not this CPU has them, AVX-512 if it has not.
     shallow = {"amx_bf16": Blocking(48, 2, (), 64, 1, 4096)}  # several chunks of either depth
     sources = emulated(generate(*SHAPE, activation="gptoss", bias=True, blockings=shallow))
-    kernels = sources.write(tmp_path / "kernels")
+    # The sources' own -O3 comes after all other flags.
+    text = sources.files["CMakeLists.txt"].replace("-O3", "-O1")
+    kernels = replace(sources, files={**sources.files, "CMakeLists.txt": text}).write(tmp_path / "kernels")
     flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1"]
     build = tmp_path / "build"
     program = str(Path(cmake.CMAKE_BIN_DIR, "cmake"))
@@ -41,6 +44,5 @@ def test_nothing_is_found(sanitizer: str, tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     ran = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("ran ")]
-    isas = [isa for isa in KNOWN_ISAS if not missing_flags("avx512_bf16" if isa == "amx_bf16" else isa)]
-    assert ran == isas and "scalar" in ran
+    assert ran == (["scalar"] if missing_flags("avx2") else list(KNOWN_ISAS))
     print(done.stdout)

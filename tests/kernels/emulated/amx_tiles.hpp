@@ -2,12 +2,10 @@
 // on an array of each thread's. What would be an exception there, and what leaves tiles behind, aborts.
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+
+#include "vectors.hpp"
 
 namespace {
 
@@ -83,19 +81,23 @@ inline void tile_multiply() {
   const unsigned control = _mm_getcsr();
   _mm_setcsr(0x9fc0);  // FTZ, DAZ, no exceptions, to nearest
   asm volatile("" : : : "memory");
+  Floats weights[2][16];
+  for (int k = 0; k < s.rows[Weights]; ++k) {
+    Bits pairs;
+    std::memcpy(&pairs, tiles.data[Weights][k], sizeof pairs);
+    for (int step = 0; step < 2; ++step) weights[step][k] = numbers(pairs, step);
+  }
   for (int m = 0; m < s.rows[Sums]; ++m) {
-    __m512 even = _mm512_setzero_ps(), odd = even;
+    Floats both[2]{}, sums;
     for (int k = 0; k < s.rows[Weights]; ++k) {
       uint32_t pair;
-      std::memcpy(&pair, &tiles.data[Inputs][m][k], 4);
-      typedef uint32_t Bits __attribute__((vector_size(64)));
-      Bits weights;
-      std::memcpy(&weights, tiles.data[Weights][k], 64);
-      even = _mm512_fmadd_ps((__m512)_mm512_set1_epi32(static_cast<int>(pair << 16)), (__m512)(weights << 16), even);
-      odd = _mm512_fmadd_ps((__m512)_mm512_set1_epi32(static_cast<int>(pair & 0xffff0000u)), (__m512)(weights & 0xffff0000u), odd);
+      std::memcpy(&pair, &tiles.data[Inputs][m][k], sizeof pair);
+      for (int step = 0; step < 2; ++step) add_product(both[step], weights[step][k], numbers(Bits{} + pair, step));
     }
     // Columns beyond the weights' are zeros, and so their sums.
-    _mm512_storeu_ps(tiles.data[Sums][m], _mm512_add_ps(_mm512_loadu_ps(tiles.data[Sums][m]), _mm512_add_ps(even, odd)));
+    std::memcpy(&sums, tiles.data[Sums][m], sizeof sums);
+    sums += both[0] + both[1];
+    std::memcpy(tiles.data[Sums][m], &sums, sizeof sums);
   }
   asm volatile("" : : : "memory");
   _mm_setcsr(control);
