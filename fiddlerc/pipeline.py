@@ -103,6 +103,8 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     output = request.output or Path(f"{model.name}-{calibration.name}")
     _check_apart(output, request.dump_dir, request.plots_dir)  # before anything is written
     plan_format.check_destination(output)
+    if request.plots_dir is not None:
+        _require_writable(request.plots_dir / "figure.png", "--plots OTHER_FOLDER, or none")
 
     dump = _Dump(request.dump_dir)
     dump("model", model)
@@ -621,7 +623,7 @@ def _generate(
     return dataclasses.replace(sources, spec=dataclasses.replace(sources.spec, tuning=tuning))
 
 
-def _require_writable(output: Path) -> None:
+def _require_writable(output: Path, hint: str = "-o ANOTHER_FILE") -> None:
     """Before anything slow: that a file can be written there."""
     output = Path(os.path.realpath(output))
     folder = next((parent for parent in output.parents if os.path.exists(parent)), output)
@@ -631,7 +633,7 @@ def _require_writable(output: Path) -> None:
         if other:
             found = "a directory" if os.path.isdir(output) else "a device or pipe"
         raise FiddlerError(
-            f"cannot write to {output}", found=found, expected="a file in a folder to write to", hint="-o ANOTHER_FILE"
+            f"cannot write to {output}", found=found, expected="a file in a folder to write to", hint=hint
         )
 
 

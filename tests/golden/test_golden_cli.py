@@ -195,6 +195,7 @@ MISTAKES: dict[str, Callable[[Path], list[object]]] = {
         "compile", DEMO, "--hw", "a100", "--no-build", "--dump-dir", "tiny-mixtral-a100",
     ],
     "plots-in-the-plan": lambda f: compile_demo("--plots", "out"),
+    "plots-below-a-file": lambda f: compile_demo("--plots", DEMO / "config.json" / "plots"),
     "config-that-transformers-refuses": lambda f: [
         "run", plan(f), "--model", whole_with_config(f, dtype="float99"), "--prompt", "a",
     ],
