@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fiddler_runtime.errors import FiddlerError, FiddlerWarning
-from fiddler_runtime.kernels import KernelLibrary, Kernels
+from fiddler_runtime.kernels import KernelLibrary, Kernels, warn_of_far_memory
 from fiddler_runtime.lanes.device import Device, open_device
 from fiddler_runtime.machine import Machine, cpu_lane_threads, lane_cpus, this_machine
 from fiddler_runtime.plan import packed_bytes
@@ -301,7 +301,8 @@ def _limits(session: _Session, library: KernelLibrary, threads: int, device: Dev
     probes = 5 if quick else 20
     read = 0.0, 0.0, 0.0
     with library.open(None, threads, cpus=lane_cpus(threads), beside_torch=device.kind == "none") as kernels:
-        kernels.settle_probed(session.probed)
+        if not kernels.settle_probed(session.probed):
+            warn_of_far_memory("the weights that are measured lie")
         for _ in range(probes):
             session.read_memory(kernels)
         peak = max(kernels.peak_gflops(4 * PROBE_MS) for _ in range(probes))

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import struct
+import warnings
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -23,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .errors import FiddlerError
-from .machine import KNOWN_ISAS, NodeCpus, refused, threads_of_nodes, usable_cores
+from .errors import FiddlerError, FiddlerWarning
+from .machine import KNOWN_ISAS, NodeCpus, refused, refuses_placement, threads_of_nodes, usable_cores
 from .openmp import TeamStruct, torch_team
 from .plan import ABI_VERSION, KernelSpec
 
@@ -428,6 +429,19 @@ class Kernels:
                 )
             if not tensor.is_cpu:
                 raise FiddlerError(f"wrong {name} for a MoE layer", found=str(tensor.device), expected="cpu")
+
+
+def warn_of_far_memory(what: str) -> None:
+    """Warns that `what` ("these experts lie") are where `Kernels.settle` could not leave it, and says why."""
+    refusal = refuses_placement()
+    reason = f"the system refuses mbind ({refusal})" if refusal else "a memory node is full, or not for this process"
+    hint = "in a container, docker run --cap-add SYS_NICE" if refusal else "numastat -m"
+    warnings.warn(
+        f"{what} on other memory nodes than the threads that read them, and are read more slowly: "
+        f"{reason}; hint: {hint}",
+        FiddlerWarning,
+        stacklevel=4,
+    )
 
 
 def _check_complete(path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from . import arena
 from .errors import FiddlerWarning
-from .kernels import Kernels, make_pointers
+from .kernels import Kernels, make_pointers, warn_of_far_memory
 from .lanes.device import Device, UnpackedExpert
 from .lanes.pinning import Pin
 from .machine import available_bytes, refuses_placement
@@ -96,7 +96,7 @@ def place(
         packed, memories = _map(missing, rooms, cache, kernels, device, progress)
         settled = _settle(packed, kernels, progress)
     if not settled:
-        _warn_of_far_memory(spec)
+        warn_of_far_memory(f"experts of {spec.name} lie")
     # Last: pinning touches every page, and would bring them in before the kernels' threads do.
     unit = kernels.library.packed_bytes
     pins = [device.pin(memory, unit_bytes=unit, mapped=cache is not None) for memory in memories]
@@ -220,15 +220,3 @@ def _settle(packed: _Packed, kernels: Kernels, progress: Progress | None) -> boo
     if progress is not None:
         progress(SETTLING, total, total)
     return settled
-
-
-def _warn_of_far_memory(spec: ModelSpec) -> None:
-    refused = refuses_placement()
-    reason = f"the system refuses mbind ({refused})" if refused else "a memory node is full, or not for this process"
-    hint = "in a container, docker run --cap-add SYS_NICE" if refused else "numastat -m"
-    warnings.warn(
-        f"experts of {spec.name} lie on other memory nodes than the threads that read them, and are read more slowly: "
-        f"{reason}; hint: {hint}",
-        FiddlerWarning,
-        stacklevel=4,
-    )
