@@ -79,7 +79,7 @@ def _require_isa(header: Header, machine: Machine) -> None:
     raise FiddlerError(
         "no kernel of the plan runs on this CPU",
         found=f"{machine.cpu}, which runs {', '.join(machine.isa)}",
-        expected=f"one of {', '.join(built)} ({wanted} lacks the CPU flags {missing})",
+        expected=f"one of {', '.join(built)} ({wanted} needs {missing} of the CPU and the operating system)",
         hint=f"compile it for this CPU: fiddlerc compile ... --isa {machine.isa[0]}",
     )
 

@@ -31,7 +31,7 @@ def test_no_kernel_for_this_cpu() -> None:
     error = raised.value
     assert error.what == "no kernel of the plan runs on this CPU"
     assert error.found == "Old CPU, which runs scalar"
-    assert error.expected == "one of avx512_bf16, avx2 (avx2 lacks the CPU flags avx2, fma)"
+    assert error.expected == "one of avx512_bf16, avx2 (avx2 needs avx2, fma of the CPU and the operating system)"
     assert error.hint == "compile it for this CPU: fiddlerc compile ... --isa scalar"
 
 
