@@ -104,7 +104,7 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     _check_apart(output, request.dump_dir, request.plots_dir)  # before anything is written
     plan_format.check_destination(output)
     if request.plots_dir is not None:
-        _require_writable(request.plots_dir / "figure.png", "--plots OTHER_FOLDER, or none")
+        _require_plots(request.plots_dir)
 
     dump = _Dump(request.dump_dir)
     dump("model", model)
@@ -623,7 +623,7 @@ def _generate(
     return dataclasses.replace(sources, spec=dataclasses.replace(sources.spec, tuning=tuning))
 
 
-def _require_writable(output: Path, hint: str = "-o ANOTHER_FILE") -> None:
+def _require_writable(output: Path) -> None:
     """Before anything slow: that a file can be written there."""
     output = Path(os.path.realpath(output))
     folder = next((parent for parent in output.parents if os.path.exists(parent)), output)
@@ -633,7 +633,7 @@ def _require_writable(output: Path, hint: str = "-o ANOTHER_FILE") -> None:
         if other:
             found = "a directory" if os.path.isdir(output) else "a device or pipe"
         raise FiddlerError(
-            f"cannot write to {output}", found=found, expected="a file in a folder to write to", hint=hint
+            f"cannot write to {output}", found=found, expected="a file in a folder to write to", hint="-o ANOTHER_FILE"
         )
 
 
@@ -694,18 +694,29 @@ def _check_apart(output: Path, *folders: Path | None) -> None:
             )
 
 
+def _require_plots(folder: Path) -> None:
+    """Before anything slow: that figures can be written there."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise _no_plots(folder, f"{nearest}, which is {'read-only' if nearest.is_dir() else 'a file'}")
+
+
 def _write_plots(folder: Path, plots: dict[str, bytes]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in plots.items():
             (folder / name).write_bytes(data)
     except OSError as error:
-        raise FiddlerError(
-            f"cannot write to --plots {folder}",
-            found=error.strerror,
-            expected="a folder to write to",
-            hint="--plots OTHER_FOLDER, or none",
-        ) from None
+        raise _no_plots(folder, str(error.strerror)) from None
+
+
+def _no_plots(folder: Path, found: str) -> FiddlerError:
+    return FiddlerError(
+        f"cannot write to --plots {folder}",
+        found=found,
+        expected="a folder to write to",
+        hint="--plots OTHER_FOLDER, or none",
+    )
 
 
 class _Dump:

@@ -28,13 +28,13 @@ FORMS: tuple[tuple[Activation, bool], ...] = (("silu", True), ("gptoss", True), 
 EMULATED = Path(__file__).parent / "kernels" / "emulated"
 
 
-def emulated(sources: KernelSources) -> KernelSources:
-    """The same with the tile instructions of AMX emulated, and AVX-512 where this CPU lacks it: then with AVX2."""
-    lacking = [TARGETS[isa] for isa in ("avx512_bf16", "avx512f") if missing_flags(isa)]
-    headers = ("amx_permission.hpp", "amx_tiles.hpp", "vectors.hpp", *(target.header for target in lacking))
+def emulated(sources: KernelSources, isas: tuple[str, ...] = ()) -> KernelSources:
+    """The same with the tile instructions of AMX emulated, and with AVX2 `isas` and what this CPU lacks of AVX-512."""
+    replaced = [TARGETS[isa] for isa in ("avx512_bf16", "avx512f") if isa in isas or missing_flags(isa)]
+    headers = ("amx_permission.hpp", "amx_tiles.hpp", "vectors.hpp", *(target.header for target in replaced))
     files = {**sources.files, **{f"include/fiddler/{name}": (EMULATED / name).read_text() for name in headers}}
-    for target in lacking:
-        files["library.cpp"] = files["library.cpp"].replace(f" {target.check},", " always,")
+    for target in replaced:
+        files["library.cpp"] = files["library.cpp"].replace(f" {target.check},", " has_avx2,")
         # The longer list first: the other one is its beginning.
         files["CMakeLists.txt"] = files["CMakeLists.txt"].replace(";".join(target.flags), "-mavx2;-mfma;-Og")
     return replace(sources, files=files)
@@ -48,11 +48,11 @@ def library(
     activation: Activation = "silu",
     bias: bool = False,
     machine: Machine | None = None,
-    emulate: bool = False,
+    emulate: tuple[str, ...] | None = None,
 ) -> KernelLibrary:
     sources = generate(hidden, intermediate, isas, activation=activation, bias=bias, machine=machine)
-    if emulate:
-        sources = emulated(sources)
+    if emulate is not None:
+        sources = emulated(sources, emulate)
     with tempfile.TemporaryDirectory() as folder:
         return KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)
 
@@ -72,7 +72,8 @@ def open_isa(
     if missing_flags("avx2") and (missing := missing_flags(isa)):
         pytest.skip(f"{isa} needs CPU flags that are missing here: {' '.join(missing)}")
     isas = None if machine is None else (isa,)
-    kernels = library(*shape, isas, activation, bias, machine, emulate=bool(refused("amx_bf16"))).open(isa, threads)
+    emulate = () if refused("amx_bf16") else None
+    kernels = library(*shape, isas, activation, bias, machine, emulate).open(isa, threads)
     assert kernels.isa == isa
     return kernels
 

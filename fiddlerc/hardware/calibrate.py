@@ -302,7 +302,7 @@ def _limits(session: _Session, library: KernelLibrary, threads: int, device: Dev
     read = 0.0, 0.0, 0.0
     with library.open(None, threads, cpus=lane_cpus(threads), beside_torch=device.kind == "none") as kernels:
         if not kernels.settle_probed(session.probed):
-            warn_of_far_memory("the weights that are measured lie")
+            warn_of_far_memory("the bytes that are read to learn the bandwidth")
         for _ in range(probes):
             session.read_memory(kernels)
         peak = max(kernels.peak_gflops(4 * PROBE_MS) for _ in range(probes))

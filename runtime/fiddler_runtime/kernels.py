@@ -432,12 +432,12 @@ class Kernels:
 
 
 def warn_of_far_memory(what: str) -> None:
-    """Warns that `what` ("these experts lie") are where `Kernels.settle` could not leave it, and says why."""
+    """Warns the caller's caller's caller that `Kernels.settle` could not bring `what` to its nodes, and why."""
     refusal = refuses_placement()
     reason = f"the system refuses mbind ({refusal})" if refusal else "a memory node is full, or not for this process"
     hint = "in a container, docker run --cap-add SYS_NICE" if refusal else "numastat -m"
     warnings.warn(
-        f"{what} on other memory nodes than the threads that read them, and are read more slowly: "
+        f"{what} lie on other memory nodes than the threads that read them, and are read more slowly: "
         f"{reason}; hint: {hint}",
         FiddlerWarning,
         stacklevel=4,

@@ -96,7 +96,7 @@ def place(
         packed, memories = _map(missing, rooms, cache, kernels, device, progress)
         settled = _settle(packed, kernels, progress)
     if not settled:
-        warn_of_far_memory(f"experts of {spec.name} lie")
+        warn_of_far_memory(f"experts of {spec.name}")
     # Last: pinning touches every page, and would bring them in before the kernels' threads do.
     unit = kernels.library.packed_bytes
     pins = [device.pin(memory, unit_bytes=unit, mapped=cache is not None) for memory in memories]

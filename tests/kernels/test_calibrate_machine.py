@@ -50,7 +50,7 @@ def test_a_calibration_has_every_quantity_and_makes_a_latency_model(
     steps: list[tuple[str, int, int]] = []
     threads = threading.active_count()
     monkeypatch.setattr(Kernels, "settle_probed", lambda *_: False)
-    with pytest.warns(FiddlerWarning, match="are measured lie on other memory nodes"):
+    with pytest.warns(FiddlerWarning, match="bandwidth lie on other memory nodes"):
         calibration = measure(
             {SHAPE: library},
             quick=True,

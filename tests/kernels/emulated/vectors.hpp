@@ -1,6 +1,6 @@
-// Sixteen lanes where there is no AVX-512, as two vectors of AVX2 with FMA.
+// Sixteen lanes as two vectors of AVX2 with FMA, whether or not there is AVX-512.
 //
-// Not inlined, and without immintrin.h: tiles that their registers do not hold take long enough to compile.
+// Products are not inlined, and there is no immintrin.h: tiles that registers do not hold take long enough to compile.
 #pragma once
 
 #include <xmmintrin.h>
