@@ -10,6 +10,7 @@ MODEL  := examples/tiny-mixtral
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 FAST   := -m 'not slow and not gpu'
+STYLE  := $(BIN)/ruff check . && $(BIN)/ruff format --check .
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
 
@@ -47,13 +48,11 @@ test: $(READY)
 	$(BIN)/pytest
 
 lint: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(STYLE)
 	$(BIN)/mypy
 
 check: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(STYLE)
 	@mkdir -p build
 	@# Two halves side by side. The first run of mypy, without its cache, takes as long as the tests.
 	@{ $(BIN)/mypy && $(BIN)/pytest -q $(FAST) tests/golden; } > build/check.log 2>&1 & half=$$!; \

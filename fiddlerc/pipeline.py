@@ -103,8 +103,8 @@ def compile_plan(request: CompileRequest, progress: Progress | None = None) -> C
     output = request.output or Path(f"{model.name}-{calibration.name}")
     _check_apart(output, request.dump_dir, request.plots_dir)  # before anything is written
     plan_format.check_destination(output)
-    if request.plots_dir is not None:
-        _require_plots(request.plots_dir)
+    if request.plots_dir is not None and (found := _not_writable(Path(os.path.realpath(request.plots_dir)))):
+        raise _no_plots(request.plots_dir, found)
 
     dump = _Dump(request.dump_dir)
     dump("model", model)
@@ -626,15 +626,21 @@ def _generate(
 def _require_writable(output: Path) -> None:
     """Before anything slow: that a file can be written there."""
     output = Path(os.path.realpath(output))
-    folder = next((parent for parent in output.parents if os.path.exists(parent)), output)
-    other = os.path.exists(output) and not os.path.isfile(output)
-    if other or not folder.is_dir() or not os.access(folder, os.W_OK):
-        found = f"{folder}, which is {'read-only' if folder.is_dir() else 'a file'}"
-        if other:
-            found = "a directory" if os.path.isdir(output) else "a device or pipe"
+    found = _not_writable(output.parent)
+    if os.path.exists(output) and not os.path.isfile(output):
+        found = "a directory" if os.path.isdir(output) else "a device or pipe"
+    if found:
         raise FiddlerError(
             f"cannot write to {output}", found=found, expected="a file in a folder to write to", hint="-o ANOTHER_FILE"
         )
+
+
+def _not_writable(folder: Path) -> str:
+    """Why no file can be put there, as a message's `found`; empty where one can. The folder need not be there yet."""
+    folder = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        return ""
+    return f"{folder}, which is {'read-only' if folder.is_dir() else 'a file'}"
 
 
 def _require_tunable(request: CompileRequest, calibration: Calibration) -> None:
@@ -692,13 +698,6 @@ def _check_apart(output: Path, *folders: Path | None) -> None:
                 expected="a folder outside of the plan",
                 hint=f"give --dump-dir or --plots {output}-report, or another folder",
             )
-
-
-def _require_plots(folder: Path) -> None:
-    """Before anything slow: that figures can be written there."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise _no_plots(folder, f"{nearest}, which is {'read-only' if nearest.is_dir() else 'a file'}")
 
 
 def _write_plots(folder: Path, plots: dict[str, bytes]) -> None:

@@ -189,7 +189,7 @@ def test_results_that_go_past_the_caches_are_the_same(isa: str) -> None:
 def test_an_emulation_is_what_a_cpu_does(isa: str, tokens: int) -> None:
     """To the bit: the order of sums and the rounding, denormals and what is no number included.
 
-    Not VDPBF16PS, whose order is not documented for every CPU that has it.
+    Not VDPBF16PS: its emulation keeps denormals.
     """
     if reason := refused(isa):
         pytest.skip(f"{isa} cannot run here: {reason}")
