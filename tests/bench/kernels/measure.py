@@ -12,10 +12,11 @@ import torch
 
 from .contender import Contender
 from .limits import Limits
-from .statistics import Sample, Work, steady
+from .statistics import DISTURBED, Sample, Work, steady
 
 _LEAST_SECONDS = 0.03
 _LEAST_ROUNDS = 3
+_PATIENCE_SECONDS = 1.0
 
 Call = Callable[[Contender, int], None]
 
@@ -49,6 +50,7 @@ class Race:
             lap = time.perf_counter()
             for turn in range(len(self.contenders)):
                 contender = self.contenders[(turn + done) % len(self.contenders)]
+                peaks.wait(limits)
                 sample, cursor = self._sample(contender, limits, cursor)
                 self.samples[contender.name].append(sample)
                 peaks.see(sample)
@@ -120,6 +122,12 @@ class Peaks:
 
     def see(self, sample: Sample) -> None:
         self.best = max(self.best, *sample.peak_gflops)
+
+    def wait(self, limits: Limits) -> None:
+        """Until a probe reaches it, a second at most: what disturbs often comes in bursts."""
+        begin = time.perf_counter()
+        while limits.peak_gflops() < DISTURBED * self.best and time.perf_counter() - begin < _PATIENCE_SECONDS:
+            pass
 
     def steady(self, sample: Sample) -> bool:
         return steady(sample, self.best)
