@@ -14,7 +14,7 @@ from .contender import Contender
 from .limits import Limits
 from .statistics import DISTURBED, Sample, Work, steady
 
-_LEAST_SECONDS = 0.03
+_LEAST_SECONDS = 0.01
 _LEAST_ROUNDS = 3
 _PATIENCE_SECONDS = 1.0
 
