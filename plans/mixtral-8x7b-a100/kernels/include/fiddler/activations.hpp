@@ -31,13 +31,18 @@ inline void fill_row(const uint16_t* from, int64_t inputs, int64_t element_bytes
   std::memset(to + inputs * element_bytes, 0, static_cast<size_t>(zeros * element_bytes));
 }
 
-// `inputs` bf16 as lines of kTileInputs, `stride` bytes apart, with zeros up to the last one's end.
-inline void fill_lines(const uint16_t* from, int64_t inputs, int64_t stride, char* to) {
-  const int64_t lines = inputs / kTileInputs, over = inputs % kTileInputs;
-  for (int64_t line = 0; line < lines; ++line, from += kTileInputs, to += stride) std::memcpy(to, from, kLineBytes);
-  if (over == 0) return;
-  std::memset(to, 0, kLineBytes);
-  std::memcpy(to, from, static_cast<size_t>(over * 2));
+// The `inputs` bf16 at `from(row)`, of rows [first, last), as lines of kTileInputs, zeros up to the last one's end: the rows'
+// first lines behind each other, `stride` bytes further their second ones.
+template <class From>
+void fill_lines(From from, int64_t first, int64_t last, int64_t inputs, int64_t stride, char* to) {
+  const int64_t over = inputs % kTileInputs;
+  for (int64_t input = 0; input < inputs - over; input += kTileInputs, to += stride)
+    for (int64_t row = first; row < last; ++row) std::memcpy(to + (row - first) * kLineBytes, from(row) + input, kLineBytes);
+  for (int64_t row = first; over > 0 && row < last; ++row) {
+    char* const line = to + (row - first) * kLineBytes;
+    std::memset(line, 0, kLineBytes);
+    std::memcpy(line, from(row) + inputs - over, static_cast<size_t>(over * 2));
+  }
 }
 
 }  // namespace fdl

@@ -230,17 +230,23 @@ inline const uint32_t* next_block(const fdl::Task& task, int64_t block) {
   return block + 1 < task.blocks ? task.weights + (block + 1) * task.weight_stride : task.next;
 }
 
-// The activation of some tokens' sums, to `out` for the first one, `stride` elements further for each other.
+// The activation of one token's sums.
 template <class Isa>
-inline void activate_sums(const fdl::Task& task, const float* sums, int64_t tokens, typename Isa::Element* out, int64_t stride) {
+[[gnu::always_inline]] inline void activate_row(const fdl::Task& task, const float* sums, typename Isa::Element* out) {
   constexpr int kWidth = Isa::kLanes < fdl::kGateLanes ? Isa::kLanes : fdl::kGateLanes;
-  // The last block fills the rows up with zeros.
+  for (int column = 0; column < fdl::kGateLanes; column += kWidth)
+    activate<Isa, kWidth>(sums + column, fdl::kBias ? task.bias + column : nullptr, out + column);
+}
+
+// The last block's rows, `stride` elements apart, are filled up with zeros: infinite inputs make NaN of the padding's 0 * inf,
+// and an odd depth's partner must be zero whatever the inputs. Not beside an activation: GCC 12 calls memset, and whatever is
+// called takes the registers that hold an activation's constants.
+template <class Isa>
+inline void fill_up(const fdl::Task& task, int64_t tokens, typename Isa::Element* out, int64_t stride) {
   constexpr int64_t kLast = (fdl::kGateUpBlocks - 1) * fdl::kGateLanes;
   const int64_t end = task.intermediate_column == kLast ? row_inputs(fdl::kIntermediate) - kLast : fdl::kGateLanes;
-  for (int64_t m = 0; m < tokens; ++m, sums += fdl::kLanes, out += stride) {
-    for (int column = 0; column < fdl::kGateLanes; column += kWidth)
-      activate<Isa, kWidth>(sums + column, fdl::kBias ? task.bias + column : nullptr, out + column);
-    // Infinite inputs make NaN of the padding's 0 * inf; an odd depth's partner must be zero whatever the inputs.
+  if (task.columns >= end) return;
+  for (int64_t m = 0; m < tokens; ++m, out += stride) {
     for (int64_t column = task.columns; column < end; ++column) out[column] = 0;
   }
 }
@@ -306,7 +312,9 @@ inline void run_block(const fdl::Task& task, const uint32_t* next) {
       if (!last) continue;
       if constexpr (kGateUp) {
         auto* const out = static_cast<Element*>(task.intermediate) + token * kMiddleStride<Isa> + task.intermediate_column;
-        activate_sums<Isa>(task, sums, tokens, out, kMiddleStride<Isa>);
+        for (int64_t m = 0; m < tokens; ++m)
+          activate_row<Isa>(task, sums + m * fdl::kLanes, out + m * kMiddleStride<Isa>);
+        fill_up<Isa>(task, tokens, out, kMiddleStride<Isa>);
       } else {
         store_sums<Isa>(task, sums, token, tokens);
       }

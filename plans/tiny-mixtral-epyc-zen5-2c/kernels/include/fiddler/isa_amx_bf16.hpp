@@ -88,27 +88,47 @@ template <int M, class Fetch>
   }
 }
 
-// What is made of a pass's sums, some tokens at a time: beside the next pass's products.
-template <class Isa>
-struct Finish {
-  fdl::Task task;  // from the pass's block on
-  const float* sums;
-  int64_t token, end;
-  int64_t each;  // tokens beside a step: soon, while the sums are in the first-level cache
-
-  void some(int64_t tokens) {
-    if (tokens > end - token) tokens = end - token;
-    if (tokens <= 0) return;
-    if (task.phase == fdl::Phase::gate_up) {
-      const int64_t line = task.intermediate_column / fdl::kTileInputs, column = task.intermediate_column % fdl::kTileInputs;
-      auto* const out = static_cast<uint16_t*>(task.intermediate) + (line * task.tokens + token) * fdl::kTileInputs + column;
-      activate_sums<Isa>(task, sums, tokens, out, fdl::kTileInputs);
-    } else {
-      store_sums<Isa>(task, sums, token, tokens);
-    }
-    sums += tokens * fdl::kLanes;
-    token += tokens;
+// What is made of a pass's sums: beside the next pass's products, soon, while they are in the first-level cache.
+template <class Isa, fdl::Phase kPhase>
+class Finish {
+ public:
+  Finish() = default;
+  Finish(const fdl::Task& from_block, const float* sums, int64_t token, int64_t end, int64_t steps)
+      : task_(from_block), sums_(sums), token_(token), end_(end), tokens_(end - token), each_(tokens_ / (steps + 1)) {
+    const int64_t line = task_.intermediate_column / fdl::kTileInputs, column = task_.intermediate_column % fdl::kTileInputs;
+    if (kPhase == fdl::Phase::gate_up)
+      out_ = static_cast<uint16_t*>(task_.intermediate) + (line * task_.tokens + token) * fdl::kTileInputs + column;
   }
+
+  // Activations hold a step's products up least among them; results, which wait for memory, after them.
+  [[gnu::always_inline]] void amid() {
+    if (kPhase == fdl::Phase::gate_up) some(1 + each_);
+  }
+  [[gnu::always_inline]] void after() {
+    if (kPhase == fdl::Phase::down) some(1 + 2 * each_);
+  }
+  void all() {
+    some(tokens_);
+    if (kPhase == fdl::Phase::gate_up) fill_up<Isa>(task_, tokens_, out_ - tokens_ * fdl::kTileInputs, fdl::kTileInputs);
+  }
+
+ private:
+  [[gnu::always_inline]] void some(int64_t tokens) {
+    for (; tokens > 0 && token_ < end_; --tokens, ++token_, sums_ += fdl::kLanes) {
+      if constexpr (kPhase == fdl::Phase::gate_up) {
+        activate_row<Isa>(task_, sums_, out_);
+        out_ += fdl::kTileInputs;
+      } else {
+        store_sums<Isa>(task_, sums_, token_, 1);
+      }
+    }
+  }
+
+  fdl::Task task_ = {};
+  const float* sums_ = nullptr;
+  int64_t token_ = 0, end_ = 0, tokens_ = 0;
+  int64_t each_ = 0;          // tokens beside a step, less one
+  uint16_t* out_ = nullptr;   // gate_up: the next token's
 };
 
 // Tiles of `rows` tokens each over some steps of a block.
@@ -135,8 +155,8 @@ inline void multiply_rest(const Pass& pass) {
 
 // The only pass over a block, from memory: its depth is read at several places in turn, steps that these do not part equally
 // at the end. One step further at each, and then of `next`, is fetched into the first-level cache.
-template <int M, int kPlaces, class Isa>
-inline void multiply_once(const Pass& pass, const uint32_t* next, Finish<Isa>& finish) {
+template <int M, int kPlaces, class Finish>
+inline void multiply_once(const Pass& pass, const uint32_t* next, Finish& finish) {
   constexpr int64_t kPart = kStepLanes / kPlaces, kLines = kStepLines / (4 * kPlaces);
   static_assert(kLines * 4 * kPlaces == kStepLines);
   const int64_t apart = pass.steps / kPlaces, parted = apart * kPlaces;
@@ -149,7 +169,8 @@ inline void multiply_once(const Pass& pass, const uint32_t* next, Finish<Isa>& f
                          : next              ? next + (soon - pass.steps) * kPart
                                              : pass.weights;
     const int64_t distance = of_parts ? apart * kStepLanes : kPart;
-    multiply_step<M>(pass, turn < parted ? turn % kPlaces * apart + turn / kPlaces : turn, [&](int) {
+    multiply_step<M>(pass, turn < parted ? turn % kPlaces * apart + turn / kPlaces : turn, [&](int part) {
+      if (part == 2) finish.amid();
 #pragma GCC unroll 8
       for (int64_t line = 0; line < kLines; ++line) {
 #pragma GCC unroll 4
@@ -157,7 +178,7 @@ inline void multiply_once(const Pass& pass, const uint32_t* next, Finish<Isa>& f
       }
       at += kLines * 16;
     });
-    finish.some(finish.each);
+    finish.after();
   }
   multiply_rest<M>(pass);
   keep_sums<M>(pass.sums, pass.rows);
@@ -170,8 +191,8 @@ struct Later {
 };
 
 // One of several passes over a block, which is in the second-level cache. Added to the sums unless they are `fresh`.
-template <int M, int kPlaces, class Isa>
-inline void multiply_again(const Pass& pass, bool fresh, Later later, Finish<Isa>& finish) {
+template <int M, int kPlaces, class Finish>
+inline void multiply_again(const Pass& pass, bool fresh, Later later, Finish& finish) {
   const int64_t apart = pass.steps * kStepLanes / kPlaces;
   if (fresh)
     zero_sums<M>();
@@ -179,10 +200,11 @@ inline void multiply_again(const Pass& pass, bool fresh, Later later, Finish<Isa
     load_sums<M>(pass.sums, pass.rows);
   for (int64_t step = 0; step < pass.steps; ++step) {
     multiply_step<M>(pass, step, [&](int part) {
+      if (part == 2) finish.amid();
       for (const int64_t end = later.line + (later.lines + part) / 4; later.line < end; ++later.line)
         __builtin_prefetch(later.weights + later.line % kPlaces * apart + later.line / kPlaces * 16, 0, 2);
     });
-    finish.some(finish.each);
+    finish.after();
   }
   multiply_rest<M>(pass);
   keep_sums<M>(pass.sums, pass.rows);
@@ -194,14 +216,14 @@ inline void multiply_again(const Pass& pass, bool fresh, Later later, Finish<Isa
 // activations of one, the sums of all blocks, a block's weights and the next one's are in the second-level cache then, and
 // the passes fetch that next one as evenly as they can. All tiles have as many rows: those that the last one has too many are
 // whatever lies behind the unit's last token, and nobody reads their sums.
-template <class Isa, class Tile>
+template <class Isa, class Tile, fdl::Phase kPhase>
 inline void run_blocks(const fdl::Task& task, int64_t blocks, const uint32_t* next, int64_t tiles, int64_t rows) {
   static_assert(Tile::kDepthPairs % kStepPairs == 0);
   const Parts passes(tiles, fdl::kPassTiles);
   const int64_t all = (task.pairs + kStepPairs - 1) / kStepPairs, over = task.pairs % kStepPairs;
   const Parts chunks(all, passes.count == 1 ? all : Tile::kDepthPairs / kStepPairs);
   alignas(64) uint32_t rest[kStepLanes];
-  Finish<Isa> finish{};
+  Finish<Isa, kPhase> finish;
   for (int64_t c = 0; c < chunks.count; ++c) {
     const bool last = c + 1 == chunks.count;
     Pass pass{};
@@ -236,12 +258,12 @@ inline void run_blocks(const fdl::Task& task, int64_t blocks, const uint32_t* ne
           : size == 2 ? multiply_once<2, Tile::kPlaces>(pass, then, finish)
                       : multiply_once<1, Tile::kPlaces>(pass, then, finish);
         }
-        finish.some(task.tokens);
-        if (last) finish = {part, pass.sums, token, end, 1 + 2 * (end - token) / (pass.steps + 1)};
+        finish.all();
+        if (last) finish = {part, pass.sums, token, end, pass.steps};
       }
     }
   }
-  finish.some(task.tokens);
+  finish.all();
 }
 
 // The thread's tiles are as they were when it returns.
@@ -251,9 +273,12 @@ inline void run_tiles(const fdl::Task& task) {
   const int64_t tiles = (task.tokens + fdl::kTileRows - 1) / fdl::kTileRows, rows = (task.tokens + tiles - 1) / tiles;
   configure(rows);
   const Parts groups(task.blocks, fdl::kTileBlocks);
-  for (int64_t g = 0; g < groups.count; ++g)
-    run_blocks<Isa, Tile>(from_block(task, groups.first(g)), groups.size(g),
-                          next_block(task, groups.first(g) + groups.size(g) - 1), tiles, rows);
+  for (int64_t g = 0; g < groups.count; ++g) {
+    const fdl::Task part = from_block(task, groups.first(g));
+    const uint32_t* const next = next_block(task, groups.first(g) + groups.size(g) - 1);
+    task.phase == fdl::Phase::gate_up ? run_blocks<Isa, Tile, fdl::Phase::gate_up>(part, groups.size(g), next, tiles, rows)
+                                      : run_blocks<Isa, Tile, fdl::Phase::down>(part, groups.size(g), next, tiles, rows);
+  }
   tile_release();
 }
 

@@ -5,6 +5,8 @@
 // are added in the order of its top-k.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -31,17 +33,22 @@ class Workspace {
   // Room for `bytes`, with its old contents gone; throws std::bad_alloc.
   char* reserve(int64_t bytes) {
     if (bytes > size_) {
-      const int64_t wanted = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+      const int64_t page = bytes < kHugePage / 2 ? 4096 : kHugePage;
+      const int64_t wanted = (bytes + bytes / 4 + page - 1) / page * page;
       std::free(data_);
       size_ = 0;
-      data_ = static_cast<char*>(std::aligned_alloc(4096, static_cast<size_t>(wanted)));
+      data_ = static_cast<char*>(std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(wanted)));
       if (!data_) throw std::bad_alloc();
+      if (page == kHugePage) madvise(data_, static_cast<size_t>(wanted), MADV_HUGEPAGE);  // refused: as it was
       size_ = wanted;
     }
     return data_;
   }
 
  private:
+  // A tile's rows of inputs, and a row's lines, are spread over many pages.
+  static constexpr int64_t kHugePage = 2 * 1024 * 1024;
+
   char* data_ = nullptr;
   int64_t size_ = 0;
 };
@@ -117,13 +124,14 @@ class MoeLayer {
   // Weights of one task, about: what a thread streams in some microseconds.
   static constexpr int64_t kTaskBytes = 96 * 1024;
   // Results of so many bytes push weights and inputs out of the second-level caches. They are written past them, unless many
-  // are read again here, to be added up.
-  static constexpr int64_t kPastCaches = 2 * 1024 * 1024;
+  // are read again here, to be added up. Tiles take their inputs from there all the time, and so much sooner than memory answers
+  // that it is worth it for fewer, and for those.
+  static constexpr int64_t kPastCaches = 2 * 1024 * 1024, kTilesPastCaches = 512 * 1024;
   // Units are dealt out together until every thread has so many tasks of them.
   static constexpr int64_t kWaveTasks = 4;
   // Tiles are through with inputs so soon that those of a unit that the second-level cache does not hold are read for more
-  // blocks at once.
-  static constexpr int64_t kResidentInputs = 1280 * 1024;
+  // blocks at once; and of those that it holds, since nothing hides what is made of the last sums.
+  static constexpr int64_t kResidentInputs = 1280 * 1024, kFewBlocks = 4;
 
   // Rows of one expert that pass over its weights together.
   struct Unit {
@@ -216,8 +224,9 @@ class MoeLayer {
       return carver.used();
     };
     carve(Carver(large_.reserve(carve(Carver(nullptr)))));
-    past_caches_ = rows_ * kHidden * 4 >= kPastCaches && (rows_ - first_rows_) * 4 <= rows_ && kHidden % 16 == 0 &&
-                   reinterpret_cast<uintptr_t>(call.out) % 64 == 0;
+    const int64_t bytes = rows_ * kHidden * 4;
+    const bool many = variant_.tiles_from ? bytes >= kTilesPastCaches : bytes >= kPastCaches && (rows_ - first_rows_) * 4 <= rows_;
+    past_caches_ = many && kHidden % 16 == 0 && reinterpret_cast<uintptr_t>(call.out) % 64 == 0;
     int64_t choice = 0;
     float* further = results_;
     for (int64_t token = 0; token < call.tokens; ++token) {
@@ -277,8 +286,8 @@ class MoeLayer {
   // Blocks of a task, if `each` leave enough tasks for all threads.
   int64_t group(const Unit& unit, int index, int64_t each) const {
     const int64_t inputs = unit.rows * (index == 0 ? kHidden : kIntermediate) * variant_.element_bytes;
-    if (!variant_.tiles_from || inputs < kResidentInputs) return kGroups[index];
-    return std::max(kGroups[index], std::min(each / 2 * 2, kTileBlocks));
+    if (!variant_.tiles_from) return kGroups[index];
+    return std::max(kGroups[index], std::min(each / 2 * 2, inputs < kResidentInputs ? kFewBlocks : kTileBlocks));
   }
 
   int64_t thread_sums() const { return kTileUnitTokens * kLanes * (variant_.tiles_from ? kTileBlocks : 1); }
@@ -289,14 +298,15 @@ class MoeLayer {
   void fill(const fdl_moe_call& call, int64_t first, int64_t last) const {
     const Unit* unit = std::upper_bound(units_, units_ + count_, first,
                                         [](int64_t row, const Unit& unit) { return row < unit.first_row; }) - 1;
-    for (int64_t row = first; row < last; ++row) {
-      if (row == unit->first_row + unit->rows) ++unit;
-      const uint16_t* from = call.hidden + row_tokens_[row] * call.hidden_stride;
+    for (int64_t end; first < last; first = end, ++unit) {
+      end = std::min(last, unit->first_row + unit->rows);
+      const auto from = [&](int64_t row) { return call.hidden + row_tokens_[row] * call.hidden_stride; };
       if (in_lines(*unit))
-        fill_lines(from, kHidden, unit->rows * kLineBytes,
-                   inputs_ + unit->first_row * input_bytes_ + (row - unit->first_row) * kLineBytes);
+        fill_lines(from, first, end, kHidden, unit->rows * kLineBytes,
+                   inputs_ + unit->first_row * input_bytes_ + (first - unit->first_row) * kLineBytes);
       else
-        fill_row(from, kHidden, variant_.element_bytes, inputs_ + row * input_bytes_);
+        for (int64_t row = first; row < end; ++row)
+          fill_row(from(row), kHidden, variant_.element_bytes, inputs_ + row * input_bytes_);
     }
   }
 
