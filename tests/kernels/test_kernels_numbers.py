@@ -162,25 +162,26 @@ def test_tiles_in_large_tasks_and_full_units(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_results_that_go_past_the_caches_are_the_same(isa: str) -> None:
-    """From 2 MiB on, to memory whose lines are whole."""
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_results_that_go_past_the_caches_are_the_same(isa: str, top_k: int) -> None:
+    """From 2 MiB on, to memory whose lines are whole; tiles' from 512 KiB on, those too that are added up."""
     generator = torch.Generator().manual_seed(13)
     expert = random_expert(LARGE, generator)
     hidden = torch.randn(2**21 // (4 * LARGE[0]) + 5, LARGE[0], generator=generator).bfloat16()
-    ids, weights = torch.zeros(len(hidden), 1, dtype=torch.int64), torch.ones(len(hidden), 1)
+    ids, weights = torch.arange(top_k).expand(len(hidden), top_k).contiguous(), torch.ones(len(hidden), top_k)
     with open_isa(LARGE, isa) as kernels:
         packed = expert.packed(kernels)
         found = []
         for offset in (0, 1):  # of floats from a line's beginning
             out = torch.full((hidden.numel() + offset,), float("nan"))[offset:].view(hidden.shape)
-            kernels.moe(hidden, ids, weights, make_pointers([packed.data_ptr()]), out)
+            kernels.moe(hidden, ids, weights, make_pointers([packed.data_ptr()] * top_k), out)
             assert (out.data_ptr() % 64 == 0) == (offset == 0), "one past the caches, one not"
             found.append(out)
         assert torch.equal(*found)
-        for first in range(0, len(hidden), 500):  # of each far less
+        for first in range(0, len(hidden), 500):  # of each less
             part = hidden[first : first + 500]
             assert len(part) < orders(kernels)[-1] or torch.equal(
-                found[0][first : first + 500], one_expert(kernels, expert, part)
+                found[0][first : first + 500], top_k * one_expert(kernels, expert, part)
             )
 
 
