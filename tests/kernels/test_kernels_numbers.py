@@ -175,7 +175,7 @@ def test_results_that_go_past_the_caches_are_the_same(isa: str, top_k: int) -> N
         for offset in (0, 1):  # of floats from a line's beginning
             out = torch.full((hidden.numel() + offset,), float("nan"))[offset:].view(hidden.shape)
             kernels.moe(hidden, ids, weights, make_pointers([packed.data_ptr()] * top_k), out)
-            assert (out.data_ptr() % 64 == 0) == (offset == 0), "one past the caches, one not"
+            assert (out.data_ptr() % 64 == 0) == (offset == 0), "the second cannot go past the caches"
             found.append(out)
         assert torch.equal(*found)
         for first in range(0, len(hidden), 500):  # of each less

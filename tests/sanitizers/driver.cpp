@@ -62,20 +62,24 @@ void pack_orders(fdl_kernels* kernels, uint16_t* packed) {
   }
 }
 
-// One expert, so many rows that results go past the caches; again while that is wanted.
+// So many rows that results go past the caches, of tiles those too that others are added to; again while that is wanted.
 template <class Wanted>
 void many_rows(fdl_kernels* kernels, Wanted again) {
   constexpr int64_t kTokens = (2 << 20) / (4 * fdl::kHidden) + 1;
   static_assert(fdl::kHidden % 16 == 0, "or no result goes past the caches");
   const Block packed(static_cast<size_t>(fdl_packed_bytes())), out(static_cast<size_t>(kTokens * fdl::kHidden * 4));
-  const uint16_t* expert = packed.bf16();
+  const uint16_t* const experts[] = {packed.bf16(), packed.bf16()};
   const std::vector<uint16_t> hidden(static_cast<size_t>(kTokens * fdl::kHidden), 0x3c00);
-  const std::vector<int64_t> ids(kTokens);
-  const std::vector<float> weight(kTokens, 1.0f);
-  const fdl_moe_call call{hidden.data(), fdl::kHidden, ids.data(), weight.data(), nullptr, &expert,
-                          out.fp32(),    kTokens,      1,          1,             0};
-  do require(fdl_moe(kernels, &call) == FDL_OK, "moe of many rows");
-  while (again());
+  std::vector<int64_t> ids(2 * kTokens);
+  for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int64_t>(i % 2);
+  const std::vector<float> weight(2 * kTokens, 1.0f);
+  do {
+    for (const int32_t top_k : {1, 2}) {
+      const fdl_moe_call call{hidden.data(), fdl::kHidden, ids.data(), weight.data(), nullptr, experts,
+                              out.fp32(),    kTokens,      top_k,      2,             0};
+      require(fdl_moe(kernels, &call) == FDL_OK, "moe of many rows");
+    }
+  } while (again());
 }
 
 void layers(fdl_kernels* kernels, unsigned seed) {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -14,6 +16,7 @@ from bench.kernels import check, command, shapes, table
 from bench.kernels.__main__ import arguments
 from bench.kernels.both import LOOPS, Both
 from bench.kernels.contender import Contender, Ours, build_library, open_library, random_weights
+from bench.kernels.limits import Limits
 from bench.kernels.measure import Peaks
 from bench.kernels.statistics import Sample, Work, least_seconds, paired, spread, steady
 from bench.peers.registry import PEERS, load_peer
@@ -61,6 +64,15 @@ def test_roofline_is_of_the_probes_around_the_calls_and_of_all_calls() -> None:
 )
 def test_disturbed_samples_are_told(found: Sample, kept: bool) -> None:
     assert steady(found, best_peak=100) is kept
+
+
+def test_a_sample_waits_for_the_best_peak_but_not_for_ever() -> None:
+    peaks = Peaks(best=100.0)
+    bursts = itertools.chain([40.0, 89.0, 95.0], itertools.repeat(50.0))
+    limits = cast(Limits, SimpleNamespace(peak_gflops=lambda: next(bursts)))
+    assert peaks.wait(limits, math.inf) == 95.0
+    assert peaks.wait(limits, time.perf_counter() + 0.01) == 50.0
+    assert Peaks().wait(limits, math.inf) == 50.0, "nothing is known yet"
 
 
 def test_pairs_are_by_round_and_free_of_the_machines_state() -> None:

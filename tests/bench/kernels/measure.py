@@ -14,7 +14,7 @@ from .contender import Contender
 from .limits import Limits
 from .statistics import DISTURBED, Sample, Work, steady
 
-_LEAST_SECONDS = 0.01
+_LEAST_SECONDS = 0.03
 _LEAST_ROUNDS = 3
 _PATIENCE_SECONDS = 1.0
 
@@ -50,8 +50,7 @@ class Race:
             lap = time.perf_counter()
             for turn in range(len(self.contenders)):
                 contender = self.contenders[(turn + done) % len(self.contenders)]
-                peaks.wait(limits)
-                sample, cursor = self._sample(contender, limits, cursor)
+                sample, cursor = self._sample(contender, limits, peaks, cursor, begin + seconds)
                 self.samples[contender.name].append(sample)
                 peaks.see(sample)
             progress(done + 1)
@@ -60,9 +59,12 @@ class Race:
             if done + 1 >= _LEAST_ROUNDS and (kept >= rounds or now - begin + (now - lap) > seconds):
                 break
 
-    def _sample(self, contender: Contender, limits: Limits, cursor: int) -> tuple[Sample, int]:
+    def _sample(
+        self, contender: Contender, limits: Limits, peaks: Peaks, cursor: int, deadline: float
+    ) -> tuple[Sample, int]:
         others = OtherLoad()
-        before = self._probe(contender, limits, cursor, self.away)
+        read_before = self._read(contender, limits, cursor, self.away)
+        peak_before = peaks.wait(limits, deadline)
         calls: list[Work] = []
         begin = time.perf_counter()
         while True:
@@ -74,13 +76,13 @@ class Race:
             if seconds >= _LEAST_SECONDS:
                 break
         time.sleep(contender.settle())
-        after = self._probe(contender, limits, cursor, self.away // 2)
-        return Sample(seconds, tuple(calls), (before[0], after[0]), (before[1], after[1]), others.cpus()), cursor
+        reads = read_before, self._read(contender, limits, cursor, self.away // 2)
+        return Sample(seconds, tuple(calls), reads, (peak_before, limits.peak_gflops()), others.cpus()), cursor
 
-    def _probe(self, contender: Contender, limits: Limits, cursor: int, away: int) -> tuple[float, float]:
+    def _read(self, contender: Contender, limits: Limits, cursor: int, away: int) -> float:
         """Of memory that is not in the last-level cache, and so that the call does not find its first weights there."""
         first = self.first[cursor % len(self.work)] + away
-        return limits.read_gbps(regions(contender, self.experts, first, self.probe_bytes)), limits.peak_gflops()
+        return limits.read_gbps(regions(contender, self.experts, first, self.probe_bytes))
 
 
 class OtherLoad:
@@ -123,11 +125,12 @@ class Peaks:
     def see(self, sample: Sample) -> None:
         self.best = max(self.best, *sample.peak_gflops)
 
-    def wait(self, limits: Limits) -> None:
-        """Until a probe reaches it, a second at most: what disturbs often comes in bursts."""
-        begin = time.perf_counter()
-        while limits.peak_gflops() < DISTURBED * self.best and time.perf_counter() - begin < _PATIENCE_SECONDS:
+    def wait(self, limits: Limits, deadline: float) -> float:
+        """Until a probe comes near the best, a second at most: what disturbs comes in bursts. Returns the last one."""
+        deadline = min(deadline, time.perf_counter() + _PATIENCE_SECONDS)
+        while (peak := limits.peak_gflops()) < DISTURBED * self.best and time.perf_counter() < deadline:
             pass
+        return peak
 
     def steady(self, sample: Sample) -> bool:
         return steady(sample, self.best)

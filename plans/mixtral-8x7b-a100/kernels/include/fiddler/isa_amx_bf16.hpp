@@ -93,23 +93,24 @@ template <class Isa, fdl::Phase kPhase>
 class Finish {
  public:
   Finish() = default;
-  Finish(const fdl::Task& from_block, const float* sums, int64_t token, int64_t end, int64_t steps)
-      : task_(from_block), sums_(sums), token_(token), end_(end), tokens_(end - token), each_(tokens_ / (steps + 1)) {
-    const int64_t line = task_.intermediate_column / fdl::kTileInputs, column = task_.intermediate_column % fdl::kTileInputs;
-    if (kPhase == fdl::Phase::gate_up)
-      out_ = static_cast<uint16_t*>(task_.intermediate) + (line * task_.tokens + token) * fdl::kTileInputs + column;
+  Finish(const fdl::Task& task, const float* sums, int64_t token, int64_t end, int64_t steps)
+      : task_(task), sums_(sums), token_(token), end_(end), tokens_(end - token), each_(tokens_ / (steps + 1)) {
+    if constexpr (kPhase == fdl::Phase::gate_up) {
+      const int64_t line = task.intermediate_column / fdl::kTileInputs, column = task.intermediate_column % fdl::kTileInputs;
+      out_ = static_cast<uint16_t*>(task.intermediate) + (line * task.tokens + token) * fdl::kTileInputs + column;
+    }
   }
 
   // Activations hold a step's products up least among them; results, which wait for memory, after them.
   [[gnu::always_inline]] void amid() {
-    if (kPhase == fdl::Phase::gate_up) some(1 + each_);
+    if constexpr (kPhase == fdl::Phase::gate_up) some(1 + each_);
   }
   [[gnu::always_inline]] void after() {
-    if (kPhase == fdl::Phase::down) some(1 + 2 * each_);
+    if constexpr (kPhase == fdl::Phase::down) some(1 + 2 * each_);
   }
   void all() {
     some(tokens_);
-    if (kPhase == fdl::Phase::gate_up) fill_up<Isa>(task_, tokens_, out_ - tokens_ * fdl::kTileInputs, fdl::kTileInputs);
+    if constexpr (kPhase == fdl::Phase::gate_up) fill_up<Isa>(task_, tokens_, out_ - tokens_ * fdl::kTileInputs, fdl::kTileInputs);
   }
 
  private:
@@ -127,8 +128,8 @@ class Finish {
   fdl::Task task_ = {};
   const float* sums_ = nullptr;
   int64_t token_ = 0, end_ = 0, tokens_ = 0;
-  int64_t each_ = 0;          // tokens beside a step, less one
-  uint16_t* out_ = nullptr;   // gate_up: the next token's
+  int64_t each_ = 0;         // tokens that each step has to finish, rounded down
+  uint16_t* out_ = nullptr;  // gate_up: the next token's
 };
 
 // Tiles of `rows` tokens each over some steps of a block.
@@ -155,8 +156,8 @@ inline void multiply_rest(const Pass& pass) {
 
 // The only pass over a block, from memory: its depth is read at several places in turn, steps that these do not part equally
 // at the end. One step further at each, and then of `next`, is fetched into the first-level cache.
-template <int M, int kPlaces, class Finish>
-inline void multiply_once(const Pass& pass, const uint32_t* next, Finish& finish) {
+template <int M, int kPlaces, class Isa, fdl::Phase kPhase>
+inline void multiply_once(const Pass& pass, const uint32_t* next, Finish<Isa, kPhase>& finish) {
   constexpr int64_t kPart = kStepLanes / kPlaces, kLines = kStepLines / (4 * kPlaces);
   static_assert(kLines * 4 * kPlaces == kStepLines);
   const int64_t apart = pass.steps / kPlaces, parted = apart * kPlaces;
@@ -191,8 +192,8 @@ struct Later {
 };
 
 // One of several passes over a block, which is in the second-level cache. Added to the sums unless they are `fresh`.
-template <int M, int kPlaces, class Finish>
-inline void multiply_again(const Pass& pass, bool fresh, Later later, Finish& finish) {
+template <int M, int kPlaces, class Isa, fdl::Phase kPhase>
+inline void multiply_again(const Pass& pass, bool fresh, Later later, Finish<Isa, kPhase>& finish) {
   const int64_t apart = pass.steps * kStepLanes / kPlaces;
   if (fresh)
     zero_sums<M>();

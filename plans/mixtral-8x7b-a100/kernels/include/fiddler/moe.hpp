@@ -25,7 +25,7 @@ namespace fdl {
 // Grown when a call needs more, then reused: a step of a model that ran before does not allocate.
 class Workspace {
  public:
-  Workspace() = default;
+  explicit Workspace(bool huge_pages = false) : huge_pages_(huge_pages) {}
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() { std::free(data_); }
@@ -33,7 +33,7 @@ class Workspace {
   // Room for `bytes`, with its old contents gone; throws std::bad_alloc.
   char* reserve(int64_t bytes) {
     if (bytes > size_) {
-      const int64_t page = bytes < kHugePage / 2 ? 4096 : kHugePage;
+      const int64_t page = huge_pages_ && bytes >= kHugePage / 2 ? kHugePage : 4096;
       const int64_t wanted = (bytes + bytes / 4 + page - 1) / page * page;
       std::free(data_);
       size_ = 0;
@@ -46,9 +46,9 @@ class Workspace {
   }
 
  private:
-  // A tile's rows of inputs, and a row's lines, are spread over many pages.
   static constexpr int64_t kHugePage = 2 * 1024 * 1024;
 
+  const bool huge_pages_;
   char* data_ = nullptr;
   int64_t size_ = 0;
 };
@@ -79,6 +79,7 @@ class MoeLayer {
         input_bytes_(row_bytes(kHidden, variant.element_bytes)),
         middle_bytes_(row_bytes(kIntermediate, variant.element_bytes)),
         unit_tokens_(variant.tiles_from ? kTileUnitTokens : kUnitTokens),
+        large_(variant.tiles_from > 0),  // a pass of tiles reads lines of many pages
         filling_(pool), computing_{Stage(pool), Stage(pool)}, combining_(pool) {}
 
   // Throws std::bad_alloc.
@@ -124,13 +125,12 @@ class MoeLayer {
   // Weights of one task, about: what a thread streams in some microseconds.
   static constexpr int64_t kTaskBytes = 96 * 1024;
   // Results of so many bytes push weights and inputs out of the second-level caches. They are written past them, unless many
-  // are read again here, to be added up. Tiles take their inputs from there all the time, and so much sooner than memory answers
-  // that it is worth it for fewer, and for those.
+  // are read again here, to be added up. Those of tiles, which take all their inputs from there, sooner and in any case.
   static constexpr int64_t kPastCaches = 2 * 1024 * 1024, kTilesPastCaches = 512 * 1024;
   // Units are dealt out together until every thread has so many tasks of them.
   static constexpr int64_t kWaveTasks = 4;
-  // Tiles are through with inputs so soon that those of a unit that the second-level cache does not hold are read for more
-  // blocks at once; and of those that it holds, since nothing hides what is made of the last sums.
+  // Blocks of a task of tiles: its last sums are finished beside no products, so some more than kGroups. Many, where the
+  // second-level cache does not hold a unit's inputs: they are read for all of a task's blocks at once.
   static constexpr int64_t kResidentInputs = 1280 * 1024, kFewBlocks = 4;
 
   // Rows of one expert that pass over its weights together.
@@ -224,8 +224,10 @@ class MoeLayer {
       return carver.used();
     };
     carve(Carver(large_.reserve(carve(Carver(nullptr)))));
-    const int64_t bytes = rows_ * kHidden * 4;
-    const bool many = variant_.tiles_from ? bytes >= kTilesPastCaches : bytes >= kPastCaches && (rows_ - first_rows_) * 4 <= rows_;
+    int64_t of_tiles = 0;
+    for (const Unit* unit = units_; unit != units_ + count_; ++unit) of_tiles += in_lines(*unit) ? unit->rows : 0;
+    constexpr int64_t kBytes = kHidden * 4;
+    const bool many = of_tiles * kBytes >= kTilesPastCaches || (rows_ * kBytes >= kPastCaches && (rows_ - first_rows_) * 4 <= rows_);
     past_caches_ = many && kHidden % 16 == 0 && reinterpret_cast<uintptr_t>(call.out) % 64 == 0;
     int64_t choice = 0;
     float* further = results_;
@@ -283,10 +285,10 @@ class MoeLayer {
 
   static int64_t first_block(const Unit& unit, int index) { return index == 0 ? unit.first_block : 0; }
 
-  // Blocks of a task, if `each` leave enough tasks for all threads.
+  // Blocks of a task; `each` leave enough tasks for all threads.
   int64_t group(const Unit& unit, int index, int64_t each) const {
+    if (!in_lines(unit)) return kGroups[index];
     const int64_t inputs = unit.rows * (index == 0 ? kHidden : kIntermediate) * variant_.element_bytes;
-    if (!variant_.tiles_from) return kGroups[index];
     return std::max(kGroups[index], std::min(each / 2 * 2, inputs < kResidentInputs ? kFewBlocks : kTileBlocks));
   }
 

@@ -239,8 +239,8 @@ template <class Isa>
 }
 
 // The last block's rows, `stride` elements apart, are filled up with zeros: infinite inputs make NaN of the padding's 0 * inf,
-// and an odd depth's partner must be zero whatever the inputs. Not beside an activation: GCC 12 calls memset, and whatever is
-// called takes the registers that hold an activation's constants.
+// and an odd depth's partner must be zero whatever the inputs. Apart from activations, which with GCC 12's call of memset in
+// their loop take half as long again (docs/kernels.md, AMX).
 template <class Isa>
 inline void fill_up(const fdl::Task& task, int64_t tokens, typename Isa::Element* out, int64_t stride) {
   constexpr int64_t kLast = (fdl::kGateUpBlocks - 1) * fdl::kGateLanes;
