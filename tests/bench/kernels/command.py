@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,10 @@ def run(args: argparse.Namespace) -> None:
     }
     deadline = time.monotonic() + args.time_budget
     left = len(shapes) * len(args.threads) * len(args.tokens)
+    peaks = {threads: Peaks() for threads in args.threads}
     with torch.inference_mode():
         for shape in shapes:
-            for row in _measure_shape(args, shape, machine, peers, deadline, left):
+            for row in _measure_shape(args, shape, machine, peers, peaks, deadline, left):
                 left -= 1
                 record["rows"].append(row)
                 _write(args.json, record)
@@ -91,7 +92,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _measure_shape(
-    args: argparse.Namespace, shape: Shape, machine: Machine, peers: Sequence[Contender], deadline: float, left: int
+    args: argparse.Namespace,
+    shape: Shape,
+    machine: Machine,
+    peers: Sequence[Contender],
+    peaks: Mapping[int, Peaks],
+    deadline: float,
+    left: int,
 ) -> Iterator[dict[str, Any]]:
     """The rows of one shape, each as it is done."""
     ours = Ours(open_library(args.library, shape) if args.library else build_library(shape), args.isa)
@@ -111,7 +118,6 @@ def _measure_shape(
                 contender.set_threads(threads)
             limits = Limits(ours.kernels)
             loops = limits.choose_read_loop(regions(ours, weights.count, 0, probe_bytes))
-            peaks = Peaks()
             mode = f"layer of {shape.num_experts} experts, top-{shape.top_k}" if args.layer else "one expert per call"
             _say(
                 f"{shape.name} {shape.hidden_size}x{shape.intermediate_size}, {mode}, {threads} threads, "
@@ -131,8 +137,8 @@ def _measure_shape(
                     away,
                 )
                 seconds = max(0.0, deadline - time.monotonic()) / left
-                race.run(limits, args.rounds, seconds, peaks, functools.partial(_progress, tokens))
-                row = table.row(race.samples, peaks)
+                race.run(limits, args.rounds, seconds, peaks[threads], functools.partial(_progress, tokens))
+                row = table.row(race.samples, peaks[threads])
                 row = {
                     "shape": dataclasses.asdict(shape),
                     "mode": "layer" if args.layer else "expert",
