@@ -15,7 +15,7 @@ from fiddler_runtime.progress import Progress
 from fiddler_runtime.strategies import DeviceChoice
 
 from .clock import StepClock
-from .loading import OnPreflight, load_model, load_tokenizer, read_text
+from .loading import OnPreflight, load_model, read_text
 
 SCENARIOS = ("decode", "prefill", "beam")
 OUR_TEXT = Path(__file__).with_name("text.txt")
@@ -81,10 +81,9 @@ def bench(
     Both get this machine's usable cores: ours through its lanes, transformers through torch's threads; the other model
     is idle meanwhile. Raises FiddlerError if the text is too short for the prompts asked for.
     """
-    import transformers
-
     from fiddler_runtime import hf
 
+    transformers = hf.import_transformers()
     for name in request.scenarios:
         if name not in SCENARIOS:
             raise FiddlerError(
@@ -93,7 +92,7 @@ def bench(
                 expected="one or more of " + ", ".join(SCENARIOS),
                 hint="--scenarios " + ",".join(SCENARIOS),
             )
-    tokenizer = load_tokenizer(request.model_dir)
+    tokenizer = hf.load_tokenizer(request.model_dir)
     ids = tokenizer(read_text(request.text or OUR_TEXT), return_tensors="pt")["input_ids"]
     longest = max(request.prompt_tokens, request.prefill_tokens if "prefill" in request.scenarios else 0)
     if ids.shape[1] < longest:

@@ -12,7 +12,7 @@ from fiddler_runtime.progress import Progress
 from fiddler_runtime.strategies import DeviceChoice
 
 from .clock import StepClock, Timing
-from .loading import OnPreflight, load_model, load_tokenizer
+from .loading import OnPreflight, load_model
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,17 @@ def run(
 ) -> RunResult:
     """Generates once. `on_text` receives the continuation piece by piece (not with beams, whose text is only final)."""
     import torch
-    from transformers import set_seed
 
+    from fiddler_runtime import hf
+
+    transformers = hf.import_transformers()
     if on_text is not None and request.beams > 1:
         raise FiddlerError(
             "beams cannot be streamed: the best one is known only at the end",
             found=f"--stream with --beams {request.beams}",
             hint="leave out --stream",
         )
-    tokenizer = load_tokenizer(request.model_dir)
+    tokenizer = hf.load_tokenizer(request.model_dir)
     inputs = tokenizer(request.prompt, return_tensors="pt", return_token_type_ids=False)
     prompt_tokens = inputs["input_ids"].shape[1]
     if prompt_tokens == 0:
@@ -96,7 +98,7 @@ def run(
                 hint=f"--max-new-tokens {max(1, limit - prompt_tokens)}",
             )
         if request.temperature > 0:
-            set_seed(request.seed)
+            transformers.set_seed(request.seed)
         clock = StepClock()
         with torch.inference_mode():
             output = model.generate(

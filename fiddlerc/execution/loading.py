@@ -27,22 +27,6 @@ def check_model(plan: Plan, model_dir: Path) -> None:
         fiddler_runtime.ExpertWeights.load(model_dir).check(plan.header.model)
 
 
-def load_tokenizer(model_dir: Path) -> Any:
-    """The directory's tokenizer. Raises FiddlerError if it has none."""
-    from transformers import AutoTokenizer
-
-    checkpoint.read_config(model_dir)  # says it better than transformers if there is no such directory
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except Exception as error:  # it reads config.json, too, and raises whatever its values make it raise
-        raise FiddlerError(
-            f"cannot load a tokenizer from {model_dir}",
-            found=(str(error).strip() or type(error).__name__).splitlines()[0],
-            expected="tokenizer.json and tokenizer_config.json, beside a config.json that transformers can read",
-            hint="download the whole model, e.g. hf download ORGANISATION/MODEL --local-dir DIR",
-        ) from None
-
-
 def load_model(
     path: Path,
     model_dir: Path,

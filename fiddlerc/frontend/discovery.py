@@ -6,7 +6,6 @@ meta device: shapes without memory. Needs transformers; raises FiddlerError nami
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,11 @@ from torch import nn
 
 from fiddler_runtime.checkpoint import config_value
 from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.hf import layer_of
 from fiddler_runtime.lanes.expert import activate
 from fiddlerc.ir import ACTIVATIONS, Activation, ExpertTensors, ModelSpec
 
 _BF16 = 2
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 # Sizes that another model would differ in, as far as config.json has them: what a plan is bound to.
 _IDENTITY = (
     "model_type", "hidden_act", "hidden_size", "num_hidden_layers", "intermediate_size", "moe_intermediate_size",
@@ -124,10 +123,10 @@ def _experts_of(model: Any) -> dict[int, Any]:
     for name, module in model.named_modules():
         if not hasattr(module, "is_concatenated"):
             continue
-        match = _LAYER.search(f".{name}")
-        if match is None or int(match[1]) in found:
+        layer = layer_of(name)
+        if layer is None or layer in found:
             raise _refused(type(model).__name__, f"has experts at {name}", "one experts module in each of its layers")
-        found[int(match[1])] = module
+        found[layer] = module
     if not found:
         raise _refused(
             type(model).__name__,
@@ -187,8 +186,7 @@ def _where_on_disk(model: Any, experts: Any) -> ExpertTensors:
     from transformers.core_model_loading import revert_weight_conversion
 
     prefix = next(name for name, module in model.named_modules() if module is experts)
-    match = _LAYER.search(f".{prefix}")
-    assert match is not None
+    own_layer = f".layers.{layer_of(prefix)}."
     count, rows, width = int(experts.gate_up_proj.shape[0]), 2, 3
     number = torch.arange(count * 3 * rows * width, dtype=torch.float64).view(count, 3, rows, width)
     gate, up, down = number[:, 0], number[:, 1], number[:, 2].transpose(1, 2)
@@ -215,13 +213,13 @@ def _where_on_disk(model: Any, experts: Any) -> ExpertTensors:
         named = [_name_of(saved, part) for part in (wanted, *wanted[:2])]
         whole, zeroth, other = named
         if whole is not None:
-            return whole.replace(match[0], ".layers.{layer}.")
+            return whole.replace(own_layer, ".layers.{layer}.")
         if zeroth is None or (count > 1 and other is None):
             return None
-        layered = zeroth.replace(match[0], ".layers.{layer}.")
+        layered = zeroth.replace(own_layer, ".layers.{layer}.")
         parts = layered.split(".")
         if count > 1:
-            others = other.replace(match[0], ".layers.{layer}.").split(".")  # type: ignore[union-attr]
+            others = other.replace(own_layer, ".layers.{layer}.").split(".")  # type: ignore[union-attr]
             places = [i for i, (a, b) in enumerate(zip(parts, others, strict=True)) if (a, b) == ("0", "1")]
         else:
             places = [i for i, part in enumerate(parts) if part == "0"]
@@ -264,15 +262,15 @@ def _workspace(model: Any, top_k: int, num_experts: int, rows: int, width: int) 
 
     Attention is bounded by the outputs of all of a layer's linear modules.
     """
-    outputs: dict[str, int] = {}
+    outputs: dict[int, int] = {}
     for name, module in model.named_modules():
-        match = _LAYER.search(f".{name}")
-        if match is not None and isinstance(module, nn.Linear):
-            outputs[match[1]] = outputs.get(match[1], 0) + module.out_features
-    layer = 2 * _BF16 * max(outputs.values(), default=0)
+        layer = layer_of(name)
+        if layer is not None and isinstance(module, nn.Linear):
+            outputs[layer] = outputs.get(layer, 0) + module.out_features
+    attention = 2 * _BF16 * max(outputs.values(), default=0)
     router = 8 * num_experts + 12 * top_k
     vocabulary = int(model.config.vocab_size)
-    return 10 * width + layer + router + 6 * (width + rows) + 6 * vocabulary
+    return 10 * width + attention + router + 6 * (width + rows) + 6 * vocabulary
 
 
 def _expanded(model: Any) -> int:

@@ -52,7 +52,7 @@ class Package:
 
 
 _COMPILER = "pip install 'fiddlerc[compiler]'"
-_PACKAGES = (
+PACKAGES = (
     Package("torch", (2, 6), "the runtime", "pip install torch"),
     Package("numpy", (1, 26), "the runtime", "pip install numpy"),
     Package("safetensors", (0, 5), "the runtime", "pip install safetensors"),
@@ -74,7 +74,7 @@ def doctor(root: Path = Path("/")) -> tuple[Check, ...]:
         *_memory(machine, root),
         *_build_tools(),
         _gpu(machine, root),
-        *(_package(package) for package in _PACKAGES),
+        *(_package(package) for package in PACKAGES),
         _cache(),
     )
 

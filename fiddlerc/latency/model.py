@@ -108,7 +108,8 @@ def _from_limits(calibration: Calibration, spec: ModelSpec) -> LatencyModel:
         gpu = roofline.gpu_us(expert_work(*shape, tokens, roofline.gpu_ceiling(limits, True)))
         floor = f"max({roofline.GPU_LAUNCH_US:g} us, bytes / ({bandwidth}), flops / ({peak}))"
         curves.append(_Curve(gpu, _unmeasured("gpu_expert", floor)))
-        stream = float(copy_work([packed_bytes(*shape)], roofline.copy_ceiling(limits, True)).read_us[0])
+        nbytes = packed_bytes(*shape, spec.expert_bias)
+        stream = float(copy_work([nbytes], roofline.copy_ceiling(limits, True)).read_us[0])
         curves.append(_Curve(np.array([stream]), _unmeasured("host_to_device", f"bytes / ({bandwidth})")))
     gamma = roofline.contention(limits) if has_accelerator else 0.0
     return _assemble(calibration, spec, tokens, cpu[None], np.ones(1), curves, stream, gamma)
@@ -131,7 +132,7 @@ def _from_samples(calibration: Calibration, spec: ModelSpec) -> LatencyModel:
     if calibration.machine.accelerator.kind != "none":
         # A simulated accelerator's also depends on the host's memory.
         curves.append(_expert_curve(calibration, shape, tokens, "gpu_expert", prevailing))
-        copy = _copy_curve(calibration, packed_bytes(spec.hidden_size, spec.intermediate_size))
+        copy = _copy_curve(calibration, packed_bytes(*shape, spec.expert_bias))
         curves.append(copy)
         stream, gamma = float(copy.us[0]), _contention(calibration, spec)
     return _assemble(calibration, spec, tokens, cpu_us, shares, curves, stream, gamma)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,9 +20,6 @@ from fiddlerc.ir import ModelSpec, Trace
 
 from .check import DECODE, MAX_EXPERTS, PREFILL, check, count
 from .sequences import cut, describe
-
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def record(
@@ -63,7 +59,7 @@ def record(
     Checkpoint.open(model_dir).check_experts(spec)
     transformers = hf.import_transformers()
     with hf.silenced(transformers):
-        tokenizer = _load_tokenizer(transformers, model_dir)
+        tokenizer = hf.load_tokenizer(model_dir)
         sequences = cut(
             tokenizer,
             texts,
@@ -133,7 +129,7 @@ class _Recorder:
 
     def __init__(self, model: Any, spec: ModelSpec) -> None:
         self._top_k = spec.top_k
-        self._modules = _experts_modules(model, spec)
+        self._modules = [module for _, module in hf.experts_modules(model, spec)]
         self._latest: dict[int, torch.Tensor] = {}
         self._handles: list[Any] = []
 
@@ -227,24 +223,6 @@ def _generate(
         handle.remove()
 
 
-def _experts_modules(model: Any, spec: ModelSpec) -> list[Any]:
-    """The experts modules in the order of spec.moe_layers, however the family names them."""
-    found = {}
-    for name, module in model.named_modules():
-        match = _LAYER.search(f".{name}")
-        # Set by transformers' experts registry on every experts class: these are called with (hidden, ids, weights).
-        if match is not None and (hasattr(module, "is_concatenated") or isinstance(module, hf.PlannedExperts)):
-            found[int(match.group(1))] = module
-    if tuple(sorted(found)) != spec.moe_layers:
-        raise FiddlerError(
-            f"this transformers builds {spec.architecture} with other MoE layers than config.json says",
-            found=f"experts in layers {sorted(found)}",
-            expected=f"layers {list(spec.moe_layers)}",
-            hint="pip install 'transformers>=5.20'",
-        )
-    return [found[layer] for layer in spec.moe_layers]
-
-
 def _check_arguments(spec: ModelSpec, sequence_tokens: int, prompt_tokens: int, generate_tokens: int) -> None:
     if not 0 < prompt_tokens < sequence_tokens:
         raise FiddlerError(
@@ -265,20 +243,3 @@ def _check_arguments(spec: ModelSpec, sequence_tokens: int, prompt_tokens: int, 
         )
     if spec.num_experts > MAX_EXPERTS:
         raise FiddlerError("too many experts for a trace", found=spec.num_experts, expected=f"at most {MAX_EXPERTS}")
-
-
-def _load_tokenizer(transformers: Any, model_dir: Path) -> Any:
-    if not any((model_dir / name).exists() for name in _TOKENIZER_FILES):
-        raise FiddlerError(
-            f"no tokenizer in {model_dir}",
-            found="none of " + ", ".join(_TOKENIZER_FILES),
-            expected="the model's tokenizer beside its weights",
-            hint="download the whole model, e.g. hf download ORGANISATION/MODEL --local-dir DIR",
-        )
-    try:
-        return transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except Exception as error:  # transformers raises almost anything for a broken tokenizer
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FiddlerError(
-            f"cannot load the tokenizer in {model_dir}", found=reason[:120], hint="download the tokenizer's files again"
-        ) from None

@@ -25,7 +25,11 @@ from .progress import Progress
 from .strategies import DeviceChoice
 from .weights import ExpertWeights
 
+OLDEST = "5.20"
+"""The oldest transformers that its models are asked of here."""
+
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _EXPERT_KEYS = r"\.experts\.(gate_up_proj|down_proj)(_bias)?$"
 
 
@@ -209,29 +213,43 @@ def _without_experts(base: Any, spec: ModelSpec) -> Any:
     return WithoutExperts
 
 
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a module or a tensor of that name belongs to; None: to none."""
+    match = _LAYER.search(f".{name}")
+    return None if match is None else int(match.group(1))
+
+
+def experts_modules(model: nn.Module, spec: ModelSpec) -> list[tuple[str, Any]]:
+    """Names and modules of the experts in the order of spec.moe_layers, however the family calls them.
+
+    Raises FiddlerError if the model has them in other layers.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        layer = layer_of(name)
+        # Set by transformers' experts registry on every experts class: these are called with (hidden, ids, weights).
+        if layer is not None and (hasattr(module, "is_concatenated") or isinstance(module, PlannedExperts)):
+            found[layer] = (name, module)
+    if tuple(sorted(found)) != spec.moe_layers:
+        raise FiddlerError(
+            f"this transformers builds {spec.architecture} with experts in other layers",
+            found=f"layers {sorted(found)}",
+            expected=f"layers {list(spec.moe_layers)}",
+            hint=f"pip install 'transformers>={OLDEST}'",
+        )
+    return [found[layer] for layer in spec.moe_layers]
+
+
 def _replace_experts(model: nn.Module, spec: ModelSpec) -> None:
-    layers = []
-    # Those that transformers' experts registry decorates: they alone are called with (hidden, ids, weights).
-    for name, module in list(model.named_modules()):
-        match = _LAYER.search(f".{name}")
-        if not hasattr(module, "is_concatenated") or match is None:
-            continue
-        layers.append(int(match.group(1)))
+    for layer, (name, module) in zip(spec.moe_layers, experts_modules(model, spec), strict=True):
         if module.num_experts != spec.num_experts:
             raise FiddlerError(
                 f"the experts are not those of {type(model).__name__}",
                 found=f"{spec.num_experts} in the plan",
-                expected=f"{module.num_experts} in layer {layers[-1]}",
+                expected=f"{module.num_experts} in layer {layer}",
             )
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, PlannedExperts(layers[-1], spec.num_experts))
-    if tuple(sorted(layers)) != spec.moe_layers:
-        raise FiddlerError(
-            f"this transformers builds {spec.architecture} with other MoE layers than the plan has",
-            found=f"experts in layers {sorted(layers)}",
-            expected=f"layers {list(spec.moe_layers)}",
-            hint="pip install 'transformers>=5.20'",
-        )
+        setattr(model.get_submodule(parent), attribute, PlannedExperts(layer, spec.num_experts))
 
 
 def _note_phase(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -258,6 +276,29 @@ def silenced(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def load_tokenizer(model_dir: Path) -> Any:
+    """The directory's tokenizer. Raises FiddlerError without transformers, and if there is none or a broken one."""
+    transformers = import_transformers()
+    read_config(model_dir)  # says it better than transformers if there is no such directory
+    hint = "download the whole model, e.g. hf download ORGANISATION/MODEL --local-dir DIR"
+    if not any((model_dir / name).exists() for name in _TOKENIZER_FILES):
+        raise FiddlerError(
+            f"no tokenizer in {model_dir}",
+            found="none of " + ", ".join(_TOKENIZER_FILES),
+            expected="the model's tokenizer beside its weights",
+            hint=hint,
+        )
+    try:
+        return transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except Exception as error:  # it reads config.json, too, and raises whatever its values make it raise
+        raise FiddlerError(
+            f"cannot load the tokenizer in {model_dir}",
+            found=(str(error).strip() or type(error).__name__).splitlines()[0][:200],
+            expected="whole files, beside a config.json that transformers can read",
+            hint=hint,
+        ) from None
+
+
 def import_transformers() -> Any:
     """The module. Raises FiddlerError without it."""
     try:
@@ -266,7 +307,7 @@ def import_transformers() -> Any:
         raise FiddlerError(
             "cannot import transformers",
             found=str(error),
-            expected="transformers 5.20 or later",
+            expected=f"transformers {OLDEST} or later",
             hint="pip install 'fiddlerc[hf]'",
         ) from None
     return transformers

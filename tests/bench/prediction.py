@@ -32,11 +32,12 @@ from typing import Any
 
 import numpy as np
 
+from fiddler_runtime import hf
 from fiddler_runtime.machine import this_machine
 from fiddler_runtime.plan import Plan, read_plan
 from fiddlerc import hardware, simulate, trace
 from fiddlerc.execution.compare import OUR_TEXT, timed
-from fiddlerc.execution.loading import load_model, load_tokenizer, read_text
+from fiddlerc.execution.loading import load_model, read_text
 from fiddlerc.hardware.lanes import memory_probe
 from fiddlerc.simulate.predict import plan_setting, predict_policy
 from fiddlerc.simulate.workload import BEAM_INPUT, BEAM_OUTPUT, heldout
@@ -160,7 +161,7 @@ def measure(
             prevailing = REGIMES[limits.cpu_slow_share > 0.5]
             regimes = {prevailing: regimes[prevailing]}
     probed = memory_probe(this_machine())
-    ids = load_tokenizer(arguments.model)(read_text(OUR_TEXT), return_tensors="pt")["input_ids"]
+    ids = hf.load_tokenizer(arguments.model)(read_text(OUR_TEXT), return_tensors="pt")["input_ids"]
     model: Any = load_model(
         plan.path,
         arguments.model,

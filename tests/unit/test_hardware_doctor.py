@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tomllib
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
+from fiddler_runtime import hf
 from fiddler_runtime.errors import FiddlerError
 from fiddlerc.hardware import Check, doctor
+from fiddlerc.hardware.checks import PACKAGES
 
 COMPLETE = "fma avx2 avx512f avx512dq avx512bw avx512vl avx512_bf16"
 
@@ -130,6 +134,13 @@ def test_a_package_that_is_old_or_absent(monkeypatch: pytest.MonkeyPatch, versio
     check = {check.name: check for check in doctor()}["transformers"]
     assert check.status == status
     assert check.hint.startswith("pip install") == (status == "missing")
+
+
+def test_the_releases_that_are_asked_for_are_those_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    asked = {*project["dependencies"], *chain(*project["optional-dependencies"].values())}
+    assert {f"{package.name}>={package.least[0]}.{package.least[1]}" for package in PACKAGES} <= asked
+    assert f"transformers>={hf.OLDEST}" in asked
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -327,6 +327,14 @@ def test_a_data_sheet_gives_the_roofline_of_its_limits(name: str) -> None:
     assert 0 < model.contention <= 1
 
 
+def test_biases_are_copied_too() -> None:
+    """An fp32 for each lane of each block: 8 gate/up blocks and 4 down blocks of 32 lanes."""
+    sheet = replace(load_hardware("a100"), samples=(), steps=())
+    without = spec(128, 128)
+    more = latency.fit(sheet, replace(without, expert_bias=True)).stream_us / latency.fit(sheet, without).stream_us
+    assert more == pytest.approx(1 + 12 * 32 * 4 / (3 * 128 * 128 * 2))
+
+
 def test_data_sheet_copies_agree_with_the_published_ones() -> None:
     # 13.98 ms over PCIe 4.0 and 26.7 ms over PCIe 3.0 for one Mixtral expert (arXiv 2509.23638).
     mixtral = spec(4096, 14336)

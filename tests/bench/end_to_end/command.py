@@ -25,7 +25,7 @@ from fiddler_runtime.plan import Options, Plan
 from fiddler_runtime.text import format_bytes
 from fiddlerc import pipeline
 from fiddlerc.execution.compare import OUR_TEXT
-from fiddlerc.execution.loading import load_tokenizer, read_text
+from fiddlerc.execution.loading import read_text
 from fiddlerc.execution.rest import measure_rest_of, on_both_sides
 from fiddlerc.hardware import load_hardware, write_hardware
 from fiddlerc.ir import Trace
@@ -217,7 +217,7 @@ def _prompt(model: Model, tokens: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)
         size = max(tokens, measure.CHECK_TOKENS)
         return torch.randint(1, model.spec.vocab_size, (1, size), generator=generator)
-    ids = load_tokenizer(model.source)(read_text(OUR_TEXT), return_tensors="pt")["input_ids"]
+    ids = hf.load_tokenizer(model.source)(read_text(OUR_TEXT), return_tensors="pt")["input_ids"]
     return ids.repeat(1, -(-max(tokens, measure.CHECK_TOKENS) // ids.shape[1]))
 
 
