@@ -1,5 +1,5 @@
 """Renders the templates. The text is a function of the experts' form, the instruction sets and the machine: its caches,
-and whether it has AVX-512."""
+what of AVX-512 and AMX it has, and whose CPU it is."""
 
 from __future__ import annotations
 

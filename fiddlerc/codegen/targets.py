@@ -34,7 +34,8 @@ ZEN3 = Core(places=4, fetch_level=1, rows_ahead=8)
 ZEN4 = Core(places=1, fetch_level=2, rows_in_flight=14, fetch_cycles=12, too_fast=1.55)
 # Emerald Rapids: four streams come faster than one, 18 and 15 GB/s, and multiplies do not hold them up where each is
 # fetched 1 KiB ahead: with one token 1.15 times as fast as one that is, into the first-level cache 1.05 times again.
-SAPPHIRE = Core(places=4, fetch_level=1, rows_ahead=32)
+# Sapphire Rapids likewise, with every instruction set.
+INTEL = Core(places=4, fetch_level=1, rows_ahead=32)
 # avx512_bf16 is fastest with fetching from two tokens on. At the 40 GB/s of one core 31 rows are 100 ns of latency.
 ZEN5 = Core(places=1, fetch_level=1, rows_in_flight=31)
 
@@ -187,7 +188,7 @@ TARGETS["amx_bf16"] = replace(
     isa="amx_bf16",
     header="isa_amx_bf16.hpp",
     check="has_amx_bf16",
-    core=SAPPHIRE,
+    core=INTEL,
     tiles_from=4,
     l2_share=0.5,
     functions="_tiles",
@@ -198,12 +199,15 @@ TARGETS["amx_bf16"] = replace(
 def target_on(isa: str, machine: Machine | None) -> Target:
     """An instruction set's kernel on that machine, or on one that has no more than it (None).
 
-    Of the CPUs with AVX-512 three were measured: those with AMX, and without it two that their first-level caches tell
-    apart: Zen 4 has 32 KiB, Zen 5 48.
+    Three kinds of CPUs with AVX-512 were measured: Intel's with AMX, which stand for all of Intel's (a hypervisor may
+    hide AMX, and older ones have none), and AMD's two, which their first-level caches tell apart: Zen 4 has 32 KiB,
+    Zen 5 48.
     """
     target = TARGETS[isa]
-    if target.tiles_from or machine is None or "avx512f" not in machine.isa:
+    if target.tiles_from or machine is None:
         return target
-    if "amx_bf16" in machine.isa:
-        return replace(target, core=SAPPHIRE)
+    if "amx_bf16" in machine.isa or "Intel" in machine.cpu:
+        return replace(target, core=INTEL)
+    if "avx512f" not in machine.isa:
+        return target
     return replace(target, core=ZEN5 if machine.l1d_bytes > _ZEN4_L1 else ZEN4)

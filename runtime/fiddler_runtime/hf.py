@@ -294,7 +294,7 @@ def load_tokenizer(model_dir: Path) -> Any:
         raise FiddlerError(
             f"cannot load the tokenizer in {model_dir}",
             found=(str(error).strip() or type(error).__name__).splitlines()[0][:200],
-            expected="whole files, beside a config.json that transformers can read",
+            expected="a whole tokenizer, beside a config.json that transformers can read",
             hint=hint,
         ) from None
 

@@ -18,13 +18,15 @@ MIXTRAL = ExpertForm(4096, 14336)
 NO_AMX = tuple(isa for isa in KNOWN_ISAS if isa != "amx_bf16")
 
 
-def machine(l1: int, l2: int, isa: tuple[str, ...] = NO_AMX) -> Machine:
+def machine(l1: int, l2: int, isa: tuple[str, ...] = NO_AMX, cpu: str = "made-up") -> Machine:
     none = Accelerator("none", "none", 0, "")
-    return Machine("made-up", 2, isa, l1 << 10, l2 << 10, 32 << 20, 1, 16 << 30, none)
+    return Machine(cpu, 2, isa, l1 << 10, l2 << 10, 32 << 20, 1, 16 << 30, none)
 
 
 ZEN4, ZEN5, DESKTOP = machine(32, 1024), machine(48, 1024), machine(32, 512, ("avx2", "scalar"))
 SAPPHIRE = machine(48, 2048, KNOWN_ISAS)
+XEON = "Intel(R) Xeon(R) Gold 6126 CPU @ 2.60GHz"
+SKYLAKE, BROADWELL = machine(32, 1024, NO_AMX[1:], XEON), machine(32, 256, ("avx2", "scalar"), XEON)
 
 # The first is what was measured to be best on Zen 4 (docs/kernels-measured.md).
 CHOICES = {
@@ -118,7 +120,8 @@ def test_finalists_differ_from_the_choice_in_one_parameter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("there", "places", "level"), [(ZEN4, 1, 2), (ZEN5, 1, 1), (SAPPHIRE, 4, 1), (DESKTOP, 4, 1), (None, 4, 1)]
+    ("there", "places", "level"),
+    [(ZEN4, 1, 2), (ZEN5, 1, 1), (SAPPHIRE, 4, 1), (SKYLAKE, 4, 1), (DESKTOP, 4, 1), (None, 4, 1)],
 )
 def test_cores_read_and_fetch_as_was_measured(there: Machine | None, places: int, level: int) -> None:
     sources = generate(64, 96, ("avx2", "scalar"), machine=there)
@@ -128,12 +131,21 @@ def test_cores_read_and_fetch_as_was_measured(there: Machine | None, places: int
         assert any(f"reads {places} places" in reason for reason in variant.reasons) == (places > 1)
 
 
-@pytest.mark.parametrize(("there", "level"), [(ZEN4, 2), (ZEN5, 1), (DESKTOP, 2), (None, 2)])
-def test_avx512_reads_one_place_where_there_is_no_amx(there: Machine | None, level: int) -> None:
+@pytest.mark.parametrize(
+    ("there", "places", "level"),
+    [(ZEN4, 1, 2), (ZEN5, 1, 1), (SAPPHIRE, 4, 1), (SKYLAKE, 4, 1), (DESKTOP, 1, 2), (None, 1, 2)],
+)
+def test_avx512_reads_four_places_on_intels_cpus(there: Machine | None, places: int, level: int) -> None:
     sources = generate(64, 96, ("avx512_bf16", "avx512f"), machine=there)
     for variant in sources.spec.variants:
         text = sources.files[f"{variant.symbol}.cpp"]
-        assert "kPlaces = 1;" in text and f"kFetchLevel = {level};" in text
+        assert f"kPlaces = {places};" in text and f"kFetchLevel = {level};" in text
+
+
+@pytest.mark.parametrize(("there", "rows"), [(SAPPHIRE, 8), (SKYLAKE, 8), (BROADWELL, 8), (DESKTOP, 2)])
+def test_intels_cpus_fetch_farther_ahead(there: Machine, rows: int) -> None:
+    (reason,) = (r for r in generate(64, 96, ("avx2",), machine=there).spec.variants[0].reasons if "4 places" in r)
+    assert f"it fetches {rows} rows ahead at each" in reason
 
 
 def test_what_was_chosen_is_what_is_generated() -> None:

@@ -74,6 +74,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--build", type=Path, metavar="FOLDER", help="only build this checkout's libraries into a folder"
     )
+    parser.add_argument("--hw", metavar="HW", help="with --build: as for that machine (hw.json or catalogue name)")
     parser.add_argument("--rounds", type=int, default=15, help="undisturbed rounds of each row; default: 15")
     parser.add_argument("--time-budget", type=float, default=240, metavar="S", help="seconds in all; default: 240")
     parser.add_argument("--memory", type=float, default=4, metavar="GIB", help="for weights; default: 4")

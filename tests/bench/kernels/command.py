@@ -20,6 +20,7 @@ from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary
 from fiddler_runtime.machine import Machine, this_machine
 from fiddler_runtime.whole_file import write_whole
+from fiddlerc.hardware import load_hardware
 
 from . import check, plot, pool, table
 from .both import Both
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
                 )
         shapes = [dataclasses.replace(shape, num_experts=args.experts) for shape in shapes]
     if args.build:
-        _build(shapes, args.build)
+        _build(shapes, args.build, args.hw)
         return
     machine = this_machine("none")
     peers = _peers(args, machine)
@@ -290,11 +291,12 @@ def _peers(args: argparse.Namespace, machine: Machine) -> list[Contender]:
     return found
 
 
-def _build(shapes: Sequence[Shape], folder: Path) -> None:
+def _build(shapes: Sequence[Shape], folder: Path, hw: str | None) -> None:
     """Copies this checkout's libraries to a folder that --library and --against take."""
+    machine = load_hardware(hw).machine if hw else None
     folder.mkdir(parents=True, exist_ok=True)
     for shape in shapes:
-        library: KernelLibrary = build_library(shape)
+        library: KernelLibrary = build_library(shape, machine)
         to = folder / f"lib{library.spec.name}.so"
         to.unlink(missing_ok=True)  # a process may have mapped the old one
         shutil.copyfile(library.path, to)

@@ -15,7 +15,7 @@ from fiddler_runtime import arena
 from fiddler_runtime.build import build_kernels
 from fiddler_runtime.errors import FiddlerError
 from fiddler_runtime.kernels import KernelLibrary, Kernels, make_pointers
-from fiddler_runtime.machine import lane_cpus, missing_flags, this_machine, usable_cores
+from fiddler_runtime.machine import Machine, lane_cpus, missing_flags, this_machine, usable_cores
 from fiddlerc.codegen import generate
 
 from .shapes import Shape
@@ -169,9 +169,9 @@ class Ours(Contender):
         del self._packed
 
 
-def build_library(shape: Shape) -> KernelLibrary:
-    """This checkout's library for a shape, cut for this machine; built or from the cache."""
-    sources = generate(shape.hidden_size, shape.intermediate_size, machine=this_machine("none"))
+def build_library(shape: Shape, machine: Machine | None = None) -> KernelLibrary:
+    """This checkout's library for a shape, cut for `machine` or else this one; built or from the cache."""
+    sources = generate(shape.hidden_size, shape.intermediate_size, machine=machine or this_machine("none"))
     with tempfile.TemporaryDirectory() as folder:
         return KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)
 
