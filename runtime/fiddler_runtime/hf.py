@@ -26,7 +26,7 @@ from .strategies import DeviceChoice
 from .weights import ExpertWeights
 
 OLDEST = "5.20"
-"""The oldest transformers that its models are asked of here."""
+"""The oldest release of transformers that has what is used of it here."""
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -222,22 +222,23 @@ def layer_of(name: str) -> int | None:
 def experts_modules(model: nn.Module, spec: ModelSpec) -> list[tuple[str, Any]]:
     """Names and modules of the experts in the order of spec.moe_layers, however the family calls them.
 
-    Raises FiddlerError if the model has them in other layers.
+    Raises FiddlerError if the model has them in other layers, or two in one.
     """
-    found = {}
+    found = []
     for name, module in model.named_modules():
         layer = layer_of(name)
         # Set by transformers' experts registry on every experts class: these are called with (hidden, ids, weights).
         if layer is not None and (hasattr(module, "is_concatenated") or isinstance(module, PlannedExperts)):
-            found[layer] = (name, module)
-    if tuple(sorted(found)) != spec.moe_layers:
+            found.append((layer, name, module))
+    found.sort(key=lambda experts: experts[0])
+    if tuple(layer for layer, _, _ in found) != spec.moe_layers:
         raise FiddlerError(
             f"this transformers builds {spec.architecture} with experts in other layers",
-            found=f"layers {sorted(found)}",
+            found=f"layers {[layer for layer, _, _ in found]}",
             expected=f"layers {list(spec.moe_layers)}",
             hint=f"pip install 'transformers>={OLDEST}'",
         )
-    return [found[layer] for layer in spec.moe_layers]
+    return [(name, module) for _, name, module in found]
 
 
 def _replace_experts(model: nn.Module, spec: ModelSpec) -> None:
@@ -280,17 +281,17 @@ def load_tokenizer(model_dir: Path) -> Any:
     """The directory's tokenizer. Raises FiddlerError without transformers, and if there is none or a broken one."""
     transformers = import_transformers()
     read_config(model_dir)  # says it better than transformers if there is no such directory
-    hint = "download the whole model, e.g. hf download ORGANISATION/MODEL --local-dir DIR"
-    if not any((model_dir / name).exists() for name in _TOKENIZER_FILES):
-        raise FiddlerError(
-            f"no tokenizer in {model_dir}",
-            found="none of " + ", ".join(_TOKENIZER_FILES),
-            expected="the model's tokenizer beside its weights",
-            hint=hint,
-        )
     try:
         return transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     except Exception as error:  # it reads config.json, too, and raises whatever its values make it raise
+        hint = "download the whole model, e.g. hf download ORGANISATION/MODEL --local-dir DIR"
+        if not any((model_dir / name).exists() for name in _TOKENIZER_FILES):
+            raise FiddlerError(
+                f"no tokenizer in {model_dir}",
+                found="none of " + ", ".join(_TOKENIZER_FILES),
+                expected="the model's tokenizer beside its weights",
+                hint=hint,
+            ) from None
         raise FiddlerError(
             f"cannot load the tokenizer in {model_dir}",
             found=(str(error).strip() or type(error).__name__).splitlines()[0][:200],

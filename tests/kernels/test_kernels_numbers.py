@@ -106,20 +106,23 @@ def test_result_does_not_depend_on_threads_or_other_tokens(isa: str) -> None:
                 assert torch.equal(together, one_expert(kernels, expert, hidden))
 
 
-def cut_for(shape: tuple[int, int], isa: str, isas: tuple[str, ...]) -> Kernels:
-    """That variant as it is cut for a CPU with all of `isas`."""
-    return open_isa(shape, isa, machine=replace(this_machine("none"), isa=isas))
+NO_AMX = tuple(isa for isa in KNOWN_ISAS if isa != "amx_bf16")
+
+
+def cut_for(shape: tuple[int, int], isa: str, cpu: str, isas: tuple[str, ...]) -> Kernels:
+    """That variant as it is cut for a CPU of that name with all of `isas`."""
+    return open_isa(shape, isa, machine=replace(this_machine("none"), cpu=cpu, isa=isas))
 
 
 @pytest.mark.parametrize("isa", ["avx2", "scalar"])
 @pytest.mark.parametrize("shape", [SMALL, LARGE, (768, 33)])  # depths that steps of four pairs do and do not divide
-def test_cut_for_a_cpu_with_avx512_few_tokens_are_summed_as_many_are(shape: tuple[int, int], isa: str) -> None:
+def test_cut_for_amds_avx512_few_tokens_are_summed_as_many_are(shape: tuple[int, int], isa: str) -> None:
     """Which reads one place faster than four (docs/kernels-measured.md). Both cuts are correct everywhere."""
     generator = torch.Generator().manual_seed(15)
     expert = random_expert(shape, generator)
     hidden = torch.randn(9, shape[0], generator=generator).bfloat16()
     expected, bound = reference(expert, hidden)
-    with cut_for(shape, isa, tuple(isa for isa in KNOWN_ISAS if isa != "amx_bf16")) as kernels:
+    with cut_for(shape, isa, "AMD EPYC 9354", NO_AMX) as kernels:
         together = one_expert(kernels, expert, hidden)
         assert ((together - expected).abs() <= bound).all()
         for tokens in range(1, 5):
@@ -128,13 +131,16 @@ def test_cut_for_a_cpu_with_avx512_few_tokens_are_summed_as_many_are(shape: tupl
 
 @pytest.mark.parametrize("isa", ["avx512_bf16", "avx512f", "avx2", "scalar"])
 @pytest.mark.parametrize("shape", [SMALL, LARGE])
-def test_cut_for_a_cpu_with_amx_one_pass_reads_four_places(shape: tuple[int, int], isa: str) -> None:
+@pytest.mark.parametrize(("cpu", "isas"), [("one with AMX", KNOWN_ISAS), ("Intel(R) Xeon(R) Gold 6126", NO_AMX)])
+def test_cut_for_intels_cpus_one_pass_reads_four_places(
+    cpu: str, isas: tuple[str, ...], shape: tuple[int, int], isa: str
+) -> None:
     """Up to 14 tokens with AVX-512: another order of sums, in which a row is the same alone and beside others."""
     generator = torch.Generator().manual_seed(16)
     expert = random_expert(shape, generator)
     hidden = torch.randn(17, shape[0], generator=generator).bfloat16()
     expected, bound = reference(expert, hidden)
-    with cut_for(shape, isa, KNOWN_ISAS) as kernels:
+    with cut_for(shape, isa, cpu, isas) as kernels:
         (cut,) = (variant.blocking for variant in kernels.library.spec.variants)
         most = most_of_one_pass(TARGETS[isa], cut)
         for tokens in (1, 2, most, most + 1, 17):

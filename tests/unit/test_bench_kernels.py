@@ -13,7 +13,7 @@ from typing import cast
 import pytest
 import torch
 from bench.kernels import check, command, shapes, table
-from bench.kernels.__main__ import arguments
+from bench.kernels.__main__ import arguments, main
 from bench.kernels.both import LOOPS, Both
 from bench.kernels.contender import Contender, Ours, build_library, open_library, random_weights
 from bench.kernels.limits import Limits
@@ -22,8 +22,9 @@ from bench.kernels.statistics import Sample, Work, least_seconds, paired, spread
 from bench.peers.registry import PEERS, load_peer
 
 from fiddler_runtime.errors import FiddlerError
-from fiddler_runtime.machine import KNOWN_ISAS, missing_flags
+from fiddler_runtime.machine import KNOWN_ISAS, Machine, missing_flags
 from fiddlerc.codegen.targets import TARGETS
+from fiddlerc.hardware import load_hardware
 
 QWEN = shapes.load_shape("qwen3")
 
@@ -196,6 +197,25 @@ def test_unknown_and_missing_peers_are_named() -> None:
     with pytest.raises(FiddlerError, match="unknown peer: found 'mkl', expected torch, onednn"):
         load_peer("mkl")
     assert {"zentorch", "sglang", "vllm", "ggml", "transformers"} < set(PEERS)
+
+
+def test_builds_for_another_machine_are_cut_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def build(shape: shapes.Shape, there: Machine | None) -> SimpleNamespace:
+        asked.append(there)
+        return SimpleNamespace(path=Path(__file__), spec=SimpleNamespace(name=shape.name))
+
+    monkeypatch.setattr(command, "build_library", build)
+    for options in ([], ["--hw", "a100"]):
+        command.run(arguments().parse_args(["--shapes", "qwen3", "--build", str(tmp_path / "out"), *options]))
+    assert asked == [None, load_hardware("a100").machine]
+    monkeypatch.setattr("sys.argv", ["bench", "--hw", "a100"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--hw says for which machine to --build" in capsys.readouterr().err
 
 
 def test_libraries_that_are_not_there_are_refused(tmp_path: Path) -> None:

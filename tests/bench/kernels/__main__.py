@@ -28,7 +28,10 @@ _TUNABLES = "glibc.malloc.hugetlb=1"
 
 
 def main() -> int:
-    args = arguments().parse_args()
+    parser = arguments()
+    args = parser.parse_args()
+    if args.hw and not args.build:
+        parser.error("--hw says for which machine to --build; what is measured is measured on this one")
     if args.tokens is None:
         args.tokens = LAYER_TOKENS if args.layer else EXPERT_TOKENS
     # The runtime keeps its weights on huge pages; so that peers have them too, malloc is told to.
