@@ -67,6 +67,13 @@ def test_disturbed_samples_are_told(found: Sample, kept: bool) -> None:
     assert steady(found, best_peak=100) is kept
 
 
+def test_the_peak_is_the_best_of_many_probes_before_the_first_row() -> None:
+    bursts = itertools.chain([40.0, 95.0], itertools.repeat(50.0))
+    peaks = Peaks()
+    peaks.search(cast(Limits, SimpleNamespace(peak_gflops=lambda: next(bursts))), seconds=0.01)
+    assert peaks.best == 95.0
+
+
 def test_a_sample_waits_for_the_best_peak_but_not_for_ever() -> None:
     peaks = Peaks(best=100.0)
     bursts = itertools.chain([40.0, 89.0, 95.0], itertools.repeat(50.0))

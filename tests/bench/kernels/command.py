@@ -118,6 +118,8 @@ def _measure_shape(
             for contender in contenders:
                 contender.set_threads(threads)
             limits = Limits(ours.kernels)
+            if not peaks[threads].best:
+                peaks[threads].search(limits)
             loops = limits.choose_read_loop(regions(ours, weights.count, 0, probe_bytes))
             mode = f"layer of {shape.num_experts} experts, top-{shape.top_k}" if args.layer else "one expert per call"
             _say(
