@@ -268,14 +268,6 @@ def test_longer_than_the_context(options: dict[str, int]) -> None:
     assert error.expected == "at most 1024"
 
 
-def test_no_tokenizer(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(TINY_MIXTRAL / name, tmp_path)
-    assert error_of(tmp_path, [TEXT]).what == f"no tokenizer in {tmp_path}"
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert error_of(tmp_path, [TEXT]).what == f"cannot load the tokenizer in {tmp_path}"
-
-
 def test_a_directory_without_weights(tmp_path: Path) -> None:
     shutil.copy(TINY_MIXTRAL / "config.json", tmp_path)
     assert error_of(tmp_path, [TEXT]).what == f"no weights in {tmp_path}"
