@@ -4,9 +4,9 @@
 namespace {
 
 constexpr int64_t kPairs = fdl::kHiddenPairs;
-constexpr int64_t kStride = kInputStride<ISA>;
+constexpr int64_t kRow = kStride<ISA>;
 alignas(64) uint32_t weights[kPairs * fdl::kLanes];
-alignas(64) typename ISA::Element inputs[Tile::kTokens * kStride];
+alignas(64) typename ISA::Element inputs[Tile::kTokens * kRow];
 alignas(64) float sums[Tile::kTokens * fdl::kLanes];
 
 // All ones: every sum is the number of inputs.
@@ -28,7 +28,7 @@ extern "C" double tiles(int64_t tokens, int64_t calls) {
   const int64_t passes = kVectors / Tile::vectors(static_cast<int>(tokens));
   for (int64_t call = 0; call < calls; ++call) {
     Block block{weights, kPairs, nullptr, passes, 0};
-    tile<ISA, Tile, kStride, Tile::kPlaces>(tokens, inputs, block, nullptr, sums);
+    tile<ISA, Tile, Tile::kPlaces>(tokens, inputs, block, nullptr, sums);
     asm volatile("" : : : "memory");
   }
   return 4.0 * kPairs * fdl::kLanes * static_cast<double>(tokens * calls);

@@ -35,13 +35,9 @@
 
 namespace {
 
-// Elements from a token's inputs to the next one's: of gate and up, and of down.
+// Elements from a token's activations to the next one's. A constant, so that one register holds all addresses of a register tile's.
 template <class Isa>
-constexpr int64_t kInputStride =
-    row_bytes(fdl::kHidden, sizeof(typename Isa::Element)) / sizeof(typename Isa::Element);
-template <class Isa>
-constexpr int64_t kMiddleStride =
-    row_bytes(fdl::kIntermediate, sizeof(typename Isa::Element)) / sizeof(typename Isa::Element);
+constexpr int64_t kStride = row_bytes(sizeof(typename Isa::Element)) / sizeof(typename Isa::Element);
 
 // One depth block of one block of outputs.
 struct Block {
@@ -62,13 +58,13 @@ struct Fetch {
 
 // One step of a pair of inputs. A step holds its own weights alone, or, if that is less, its own inputs: the registers are
 // the sums'. `weights`: what a first step left.
-template <class Isa, int64_t kStride, int kStep, int M, int N>
+template <class Isa, int kStep, int M, int N>
 [[gnu::always_inline]] inline void multiply(typename Isa::Vector (&acc)[M][N], typename Isa::Weights (&weights)[N],
                                             const typename Isa::Element* x, const uint32_t* w) {
   if constexpr (M < N) {
     typename Isa::Inputs inputs[M];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) inputs[m] = Isa::template broadcast<kStep>(x + m * kStride);
+    for (int m = 0; m < M; ++m) inputs[m] = Isa::template broadcast<kStep>(x + m * kStride<Isa>);
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
       Isa::template load<kStep>(w + n * Isa::kLanes, weights[0]);
@@ -80,7 +76,7 @@ template <class Isa, int64_t kStride, int kStep, int M, int N>
     for (int n = 0; n < N; ++n) Isa::template load<kStep>(w + n * Isa::kLanes, weights[n]);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const typename Isa::Inputs inputs = Isa::template broadcast<kStep>(x + m * kStride);
+      const typename Isa::Inputs inputs = Isa::template broadcast<kStep>(x + m * kStride<Isa>);
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) acc[m][n] = Isa::multiply_add(acc[m][n], weights[n], inputs);
     }
@@ -94,7 +90,7 @@ template <class Isa, int kFetch>
 constexpr bool kTwice = kFetch > 1 && kFetch == Isa::kPairsAtOnce;
 
 // A pair of inputs at each of kPlaces places, `pairs` from one to the next, and on to the next one. `at`: which of a step's.
-template <class Isa, int64_t kStride, int kPlaces, int kFetch, int M, int N>
+template <class Isa, int kPlaces, int kFetch, int M, int N>
 [[gnu::always_inline]] inline void add_pair(typename Isa::Vector (&acc)[M][N], const typename Isa::Element*& x,
                                             const uint32_t*& w, int64_t pairs, const char*& fetch, int64_t again,
                                             int at) {
@@ -117,16 +113,16 @@ template <class Isa, int64_t kStride, int kPlaces, int kFetch, int M, int N>
     const uint32_t* w_at = w + place * pairs * fdl::kLanes;
     if (place) asm("" : "+r"(x_at), "+r"(w_at));  // or GCC 12 adds each vector's offset by itself
     typename Isa::Weights weights[N];
-    multiply<Isa, kStride, 0>(acc, weights, x_at, w_at);
-    if constexpr (Isa::kSteps == 2) multiply<Isa, kStride, 1>(acc, weights, x_at, w_at);
+    multiply<Isa, 0>(acc, weights, x_at, w_at);
+    if constexpr (Isa::kSteps == 2) multiply<Isa, 1>(acc, weights, x_at, w_at);
   }
   w += fdl::kLanes;
   x += 2;
 }
 
-// Sums of M tokens' rows by N vectors of a block's rows, added to `from` if that is given; all sums in registers. The tokens
-// lie kStride elements apart, a constant, so that one register holds all their addresses. `pairs` at each of kPlaces places.
-template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
+// Sums of M tokens' rows by N vectors of a block's rows, added to `from` if that is given; all sums in registers. `pairs` at
+// each of kPlaces places.
+template <class Isa, int kPlaces, int M, int N, int kFetch>
 [[gnu::always_inline]] inline void sum_strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs,
                                              const float* from, float* to, Fetch fetch) {
   using Vector = typename Isa::Vector;
@@ -146,10 +142,10 @@ template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
     for (; p + kAtOnce <= end; p += kAtOnce) {
 #pragma GCC unroll 4
       for (int pair = 0; pair < kAtOnce; ++pair)
-        add_pair<Isa, kStride, kPlaces, kFetch>(acc, x, w, pairs, fetch.at, again, pair);
+        add_pair<Isa, kPlaces, kFetch>(acc, x, w, pairs, fetch.at, again, pair);
     }
 #pragma GCC unroll 1  // or GCC 12 writes it out again, twice as much code
-    for (; kAtOnce > 1 && p < end; ++p) add_pair<Isa, kStride, kPlaces, kFetch>(acc, x, w, pairs, fetch.at, again, 0);
+    for (; kAtOnce > 1 && p < end; ++p) add_pair<Isa, kPlaces, kFetch>(acc, x, w, pairs, fetch.at, again, 0);
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
@@ -160,35 +156,35 @@ template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
 }
 
 // The same as a function of its own: where two steps share the registers, GCC 12 keeps sums on the stack if it is inlined.
-template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
+template <class Isa, int kPlaces, int M, int N, int kFetch>
 [[gnu::noinline]] void sum_strip_apart(const typename Isa::Element* x, const uint32_t* w, int64_t pairs,
                                        const float* from, float* to, Fetch fetch) {
-  sum_strip<Isa, kStride, kPlaces, M, N, kFetch>(x, w, pairs, from, to, fetch);
+  sum_strip<Isa, kPlaces, M, N, kFetch>(x, w, pairs, from, to, fetch);
 }
 
-template <class Isa, int64_t kStride, int kPlaces, int M, int N, int kFetch>
+template <class Isa, int kPlaces, int M, int N, int kFetch>
 inline void strip(const typename Isa::Element* x, const uint32_t* w, int64_t pairs, const float* from, float* to,
                   Fetch fetch) {
   if constexpr (Isa::kSteps == 2)
-    sum_strip_apart<Isa, kStride, kPlaces, M, N, kFetch>(x, w, pairs, from, to, fetch);
+    sum_strip_apart<Isa, kPlaces, M, N, kFetch>(x, w, pairs, from, to, fetch);
   else
-    sum_strip<Isa, kStride, kPlaces, M, N, kFetch>(x, w, pairs, from, to, fetch);
+    sum_strip<Isa, kPlaces, M, N, kFetch>(x, w, pairs, from, to, fetch);
 }
 
 // One of several passes, which fetches `lines` cache lines with each step.
-template <class Isa, int64_t kStride, int M, int N, int kLines = Isa::kPairsAtOnce>
+template <class Isa, int M, int N, int kLines = Isa::kPairsAtOnce>
 inline void pass_strip(int64_t lines, const typename Isa::Element* x, const uint32_t* w, int64_t pairs, const float* from,
                        float* to, const char* at, const char* again) {
   if constexpr (kLines > 0) {
-    if (lines < kLines) return pass_strip<Isa, kStride, M, N, kLines - 1>(lines, x, w, pairs, from, to, at, again);
+    if (lines < kLines) return pass_strip<Isa, M, N, kLines - 1>(lines, x, w, pairs, from, to, at, again);
   }
-  strip<Isa, kStride, 1, M, N, kLines>(x, w, pairs, from, to, {at, pairs, again});
+  strip<Isa, 1, M, N, kLines>(x, w, pairs, from, to, {at, pairs, again});
 }
 
-template <class Isa, class Tile, int64_t kStride, int kPlaces, int M = Tile::kTokens>
+template <class Isa, class Tile, int kPlaces, int M = Tile::kTokens>
 inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, const float* from, float* to) {
   if constexpr (M > 1) {
-    if (tokens < M) return tile<Isa, Tile, kStride, kPlaces, M - 1>(tokens, x, block, from, to);
+    if (tokens < M) return tile<Isa, Tile, kPlaces, M - 1>(tokens, x, block, from, to);
   }
   constexpr int N = Tile::vectors(M), kVectors = fdl::kLanes / Isa::kLanes;
   for (int column = 0; column < fdl::kLanes; column += Isa::kLanes * N, ++block.pass) {
@@ -201,7 +197,7 @@ inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, c
       const int64_t pairs = block.pairs / kPlaces, most = pairs < kAhead ? 0 : pairs - kAhead;
       const auto* ahead = reinterpret_cast<const char*>(w + kAhead * fdl::kLanes);
       const Fetch fetch{ahead, most, next ? next : ahead + most * fdl::kRowBytes};
-      strip<Isa, kStride, kPlaces, M, N, M >= Tile::kFetchTokens ? -Tile::kFetchLevel : 0>(x, w, pairs, begin, to + column, fetch);
+      strip<Isa, kPlaces, M, N, M >= Tile::kFetchTokens ? -Tile::kFetchLevel : 0>(x, w, pairs, begin, to + column, fetch);
     } else if constexpr (N < kVectors || 2 * M >= Tile::kTokens) {  // of several tiles none is smaller
       // Spread over the passes: what a core is asked for sooner than memory answers it drops.
       constexpr int64_t kStep = Isa::kPairsAtOnce;
@@ -209,8 +205,8 @@ inline void tile(int64_t tokens, const typename Isa::Element* x, Block& block, c
       const bool asked = !next || block.pass * lines >= 2 * kStep;
       // Of two passes the first asks for the later half of this block again, the second for the first half of the next.
       const char* again = block.pass ? next : reinterpret_cast<const char*>(block.weights) + 64 * block.pairs;
-      pass_strip<Isa, kStride, M, N>(asked ? 0 : lines, x, w, block.pairs, begin, to + column,
-                                     asked ? nullptr : next + 64 * block.pairs * lines / kStep * block.pass, again);
+      pass_strip<Isa, M, N>(asked ? 0 : lines, x, w, block.pairs, begin, to + column,
+                            asked ? nullptr : next + 64 * block.pairs * lines / kStep * block.pass, again);
     }
   }
 }
@@ -281,7 +277,6 @@ template <class Isa, class Tile, fdl::Phase kPhase>
 inline void run_block(const fdl::Task& task, const uint32_t* next) {
   using Element = typename Isa::Element;
   constexpr bool kGateUp = kPhase == fdl::Phase::gate_up;
-  constexpr int64_t kStride = kGateUp ? kInputStride<Isa> : kMiddleStride<Isa>;
   // A depth that these do not part equally is read at one place. (A split leaves out rows that they do part.)
   constexpr int64_t kPairs = kGateUp ? fdl::kHiddenPairs : fdl::kIntermediatePairs;
   constexpr int kPlaces = kPairs % Tile::kPlaces == 0 ? Tile::kPlaces : 1;
@@ -301,20 +296,20 @@ inline void run_block(const fdl::Task& task, const uint32_t* next) {
     block.next = last ? next : block.weights + block.pairs * fdl::kLanes;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t token = tiles.first(t), tokens = tiles.size(t);
-      const Element* x = static_cast<const Element*>(task.activations) + token * kStride + 2 * first;
+      const Element* x = static_cast<const Element*>(task.activations) + token * kStride<Isa> + 2 * first;
       float* sums = task.sums + token * fdl::kLanes;
       if (!kGateUp && last && !task.past_caches) {  // memory lets go of a line about as fast as a tile is computed
         for (int64_t m = token; m < token + tokens; ++m)
           for (int64_t line = 0; line < fdl::kRowBytes / 64; ++line)
             __builtin_prefetch(task.results[m] + task.result_column + 16 * line, 1);
       }
-      tile<Isa, Tile, kStride, kPlaces>(tokens, x, block, first ? sums : nullptr, sums);
+      tile<Isa, Tile, kPlaces>(tokens, x, block, first ? sums : nullptr, sums);
       if (!last) continue;
       if constexpr (kGateUp) {
-        auto* const out = static_cast<Element*>(task.intermediate) + token * kMiddleStride<Isa> + task.intermediate_column;
+        auto* const out = static_cast<Element*>(task.intermediate) + token * kStride<Isa> + task.intermediate_column;
         for (int64_t m = 0; m < tokens; ++m)
-          activate_row<Isa>(task, sums + m * fdl::kLanes, out + m * kMiddleStride<Isa>);
-        fill_up<Isa>(task, tokens, out, kMiddleStride<Isa>);
+          activate_row<Isa>(task, sums + m * fdl::kLanes, out + m * kStride<Isa>);
+        fill_up<Isa>(task, tokens, out, kStride<Isa>);
       } else {
         store_sums<Isa>(task, sums, token, tokens);
       }

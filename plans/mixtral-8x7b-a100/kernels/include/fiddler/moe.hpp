@@ -76,8 +76,8 @@ class MoeLayer {
   MoeLayer(const Variant& variant, Pool& pool)
       : variant_(variant),
         pool_(pool),
-        input_bytes_(row_bytes(kHidden, variant.element_bytes)),
-        middle_bytes_(row_bytes(kIntermediate, variant.element_bytes)),
+        input_bytes_(input_bytes(variant.element_bytes)),
+        row_bytes_(row_bytes(variant.element_bytes)),
         unit_tokens_(variant.tiles_from ? kTileUnitTokens : kUnitTokens),
         large_(variant.tiles_from > 0),  // a pass of tiles reads lines of many pages
         filling_(pool), computing_{Stage(pool), Stage(pool)}, combining_(pool) {}
@@ -217,8 +217,7 @@ class MoeLayer {
       row_results_ = carver.take<float*>(rows_);
       row_scales_ = carver.take<float>(rows_);
       further_ = carver.take<Further>(call.tokens);
-      inputs_ = carver.take<char>(rows_ * input_bytes_ + kTileRows * kLineBytes);
-      middle_ = carver.take<char>(rows_ * middle_bytes_ + kTileRows * kLineBytes);
+      activations_ = carver.take<char>(rows_ * row_bytes_ + kTileRows * kLineBytes);
       results_ = carver.take<float>((rows_ - first_rows_) * kResultStride);
       sums_ = carver.take<float>(pool_.threads() * thread_sums());
       return carver.used();
@@ -294,6 +293,8 @@ class MoeLayer {
 
   int64_t thread_sums() const { return kTileUnitTokens * kLanes * (variant_.tiles_from ? kTileBlocks : 1); }
 
+  char* row_at(int64_t number) const { return activations_ + number * row_bytes_; }
+
   bool in_lines(const Unit& unit) const { return variant_.tiles_from && unit.rows >= variant_.tiles_from; }
 
   // Copies the inputs of rows [first, last).
@@ -305,10 +306,9 @@ class MoeLayer {
       const auto from = [&](int64_t row) { return call.hidden + row_tokens_[row] * call.hidden_stride; };
       if (in_lines(*unit))
         fill_lines(from, first, end, kHidden, unit->rows * kLineBytes,
-                   inputs_ + unit->first_row * input_bytes_ + (first - unit->first_row) * kLineBytes);
+                   row_at(unit->first_row) + (first - unit->first_row) * kLineBytes);
       else
-        for (int64_t row = first; row < end; ++row)
-          fill_row(from(row), kHidden, variant_.element_bytes, inputs_ + row * input_bytes_);
+        for (; first < end; ++first) fill_row(from(first), kHidden, variant_.element_bytes, row_at(first));
     }
   }
 
@@ -356,16 +356,18 @@ class MoeLayer {
     task.next = next;
     task.sums = sums_ + worker * thread_sums();
     task.sums_stride = kTileUnitTokens * kLanes;
-    char* middle = middle_ + unit.first_row * middle_bytes_;
+    char* const inputs = row_at(unit.first_row);
+    const int64_t in_turn = in_lines(unit) ? unit.rows : 1;  // tokens whose lines take turns
+    char* const middle = inputs + input_bytes_ * in_turn;
     if (which == Phase::gate_up) {
       task.pairs = kHiddenPairs;
-      task.activations = inputs_ + unit.first_row * input_bytes_;
+      task.activations = inputs;
       task.intermediate = middle;
       task.intermediate_column = block * kGateLanes;
       task.columns = kIntermediate - block * kGateLanes;
     } else {
       task.pairs = kIntermediatePairs - unit.first_block * kGateLanes / 2;
-      task.activations = middle + unit.first_block * kGateLanes * variant_.element_bytes * (in_lines(unit) ? unit.rows : 1);
+      task.activations = middle + unit.first_block * kGateLanes * variant_.element_bytes * in_turn;
       task.results = row_results_ + unit.first_row;
       task.scales = row_scales_ + unit.first_row;
       task.result_column = block * kLanes;
@@ -389,7 +391,7 @@ class MoeLayer {
 
   const Variant& variant_;
   Pool& pool_;
-  const int64_t input_bytes_, middle_bytes_;  // of a row, to the next one where rows lie behind each other
+  const int64_t input_bytes_, row_bytes_;  // of a row, from its inputs to those of down and to the next row
   const int64_t unit_tokens_;
   Workspace small_, large_;
 
@@ -404,8 +406,7 @@ class MoeLayer {
   float* row_scales_ = nullptr;
   Further* further_ = nullptr;
   bool past_caches_ = false;
-  char* inputs_ = nullptr;
-  char* middle_ = nullptr;
+  char* activations_ = nullptr;
   float* results_ = nullptr;
   float* sums_ = nullptr;
   Stage filling_, computing_[2], combining_;

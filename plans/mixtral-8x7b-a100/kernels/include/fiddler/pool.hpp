@@ -118,25 +118,9 @@ class Pool {
   // `job` takes its work from shared counters and must not throw. One caller at a time.
   template <class Job>
   void run(Job& job) {
-    if (threads_ == 1) return job(0);
-    if (team_.parallel) {
-      struct Region {
-        Job& job;
-        int (*thread_num)();
-      } region{job, team_.thread_num};
-      auto enter = [](void* data) { static_cast<Region*>(data)->job(static_cast<Region*>(data)->thread_num()); };
-      return team_.parallel(enter, &region, static_cast<unsigned>(threads_), 0);
-    }
     call_ = [](void* context, int worker) { (*static_cast<Job*>(context))(worker); };
     context_ = &job;
-    for (Gate* gate = gates_.get(); gate != gates_end(); ++gate) {
-      gate->members.fetch_and(~kClosed);
-      gate->start.advance();
-    }
-    job(0);
-    for (Gate* gate = gates_.get(); gate != gates_end(); ++gate) gate->members.fetch_or(kClosed);
-    for (Gate* gate = gates_.get(); gate != gates_end(); ++gate)
-      wait_until([gate] { return gate->members.load() == kClosed; });
+    run_call();
   }
 
   // Returns when done() is true, which another thread makes it soon. Offers this CPU to others meanwhile: that thread may
@@ -165,6 +149,26 @@ class Pool {
     alignas(128) std::atomic<uint32_t> members{kClosed};
   };
   static constexpr uint32_t kClosed = 1u << 31;  // none may begin
+
+  // Not inlined: each kind of job would have its own, a third of the library's code and of the time to compile it.
+  [[gnu::noinline]] void run_call() {
+    if (threads_ == 1) return call_(context_, 0);
+    if (team_.parallel) {
+      auto enter = [](void* pool) {
+        auto& here = *static_cast<Pool*>(pool);
+        here.call_(here.context_, here.team_.thread_num());
+      };
+      return team_.parallel(enter, this, static_cast<unsigned>(threads_), 0);
+    }
+    for (Gate* gate = gates_.get(); gate != gates_end(); ++gate) {
+      gate->members.fetch_and(~kClosed);
+      gate->start.advance();
+    }
+    call_(context_, 0);
+    for (Gate* gate = gates_.get(); gate != gates_end(); ++gate) gate->members.fetch_or(kClosed);
+    for (Gate* gate = gates_.get(); gate != gates_end(); ++gate)
+      wait_until([gate] { return gate->members.load() == kClosed; });
+  }
 
   static int divide_up(int a, int b) { return (a + b - 1) / b; }
   Gate* gates_end() const { return gates_.get() + divide_up(threads_, kGroup); }

@@ -55,26 +55,8 @@ class Stage {
   // work(task, next): next is the task that this thread does after it, or -1 if that is not known.
   template <class Work>
   void work_off(int thread, Work work, bool helps = true) {
-    const int64_t mine = share_of(thread, thread + 1);
-    int64_t done = 0;
-    Place place{};
-    for (int64_t i; (i = claim(thread)) < mine; ++done) {
-      const int64_t task = locate(thread, i, place);
-      Place after = place;
-      work(task, i + 1 < mine ? locate(thread, i + 1, after) : -1);
-    }
-    complete(thread, done);
-    for (int other = next(thread); helps && other != thread && !finished(); other = next(other)) {
-      const int64_t share = share_of(other, other + 1);
-      Place theirs{};
-      while (claims_[other].value.load(std::memory_order_relaxed) < share) {
-        const int64_t i = claim(other);
-        if (i >= share) break;
-        work(locate(other, i, theirs), -1);
-        complete(other, 1);
-      }
-    }
-    pool_.wait_until([&] { return finished(); });
+    const auto call = [](void* context, int64_t task, int64_t next) { (*static_cast<Work*>(context))(task, next); };
+    work_off(thread, call, &work, helps);
   }
 
  private:
@@ -87,6 +69,30 @@ class Stage {
     size_t wave;
     int64_t before;
   };
+
+  // Not inlined, as Pool::run_call().
+  [[gnu::noinline]] void work_off(int thread, void (*work)(void*, int64_t, int64_t), void* context, bool helps) {
+    const int64_t mine = share_of(thread, thread + 1);
+    int64_t done = 0;
+    Place place{};
+    for (int64_t i; (i = claim(thread)) < mine; ++done) {
+      const int64_t task = locate(thread, i, place);
+      Place after = place;
+      work(context, task, i + 1 < mine ? locate(thread, i + 1, after) : -1);
+    }
+    complete(thread, done);
+    for (int other = next(thread); helps && other != thread && !finished(); other = next(other)) {
+      const int64_t share = share_of(other, other + 1);
+      Place theirs{};
+      while (claims_[other].value.load(std::memory_order_relaxed) < share) {
+        const int64_t i = claim(other);
+        if (i >= share) break;
+        work(context, locate(other, i, theirs), -1);
+        complete(other, 1);
+      }
+    }
+    pool_.wait_until([&] { return finished(); });
+  }
 
   int next(int thread) const { return thread + 1 < threads_ ? thread + 1 : 0; }
   int last_of(int group) const { return (group + 1) * kGroup < threads_ ? (group + 1) * kGroup : threads_; }

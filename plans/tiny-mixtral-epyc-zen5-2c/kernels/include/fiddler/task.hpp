@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "layout.hpp"
+
 namespace fdl {
 
 enum class Phase : int32_t {
@@ -20,7 +22,7 @@ constexpr int64_t kLineBytes = kTileInputs * 2;  // a row of such a tile, bf16
 //
 // Activations are the variant's elements: bf16, or fp32 holding bf16 values for variants without a bf16 multiply. Each token's
 // are filled up with zeros to a multiple of kTileInputs. They lie row by row, row_bytes() apart; or, for tiles, kTileInputs of
-// each token after another, a line, then the next kTileInputs. Up to kTileRows such lines behind them may be read,
+// each token after another, a line, then the next kTileInputs. Fewer such lines behind them than there are tiles may be read,
 // whatever they hold, and as many rows of sums behind theirs written.
 struct Task {
   Phase phase;
@@ -62,9 +64,12 @@ namespace {  // internal linkage: this header is compiled for every instruction 
 // Elements of a row of activations, with the zeros behind it.
 constexpr int64_t row_inputs(int64_t inputs) { return (inputs + fdl::kTileInputs - 1) / fdl::kTileInputs * fdl::kTileInputs; }
 
-// From one row to the next: an odd number of cache lines, so that a register tile's rows never share a cache set.
-constexpr int64_t row_bytes(int64_t inputs, int64_t element_bytes) {
-  return (row_inputs(inputs) * element_bytes / 64 | 1) * 64;
+// A token's row: its inputs of gate and up, then those of down, so that the same code, made for one distance of rows, reads both.
+// Between them is a line: what lies behind the inputs may be read, while down's are written.
+constexpr int64_t input_bytes(int64_t element_bytes) { return row_inputs(fdl::kHidden) * element_bytes + 64; }
+// An odd number of cache lines, so that a register tile's rows never share a cache set.
+constexpr int64_t row_bytes(int64_t element_bytes) {
+  return ((input_bytes(element_bytes) + row_inputs(fdl::kIntermediate) * element_bytes) / 64 | 1) * 64;
 }
 
 // Parts of something: as few as possible, none larger than `most` or more than one larger than another. Given `last`, the
