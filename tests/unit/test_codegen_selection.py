@@ -55,6 +55,7 @@ machines = st.builds(machine, st.sampled_from([16, 32, 48, 64]), st.sampled_from
 forms = st.builds(ExpertForm, st.integers(1, 20000), st.integers(1, 20000))
 
 
+@pytest.mark.slow
 @given(st.sampled_from(KNOWN_ISAS), forms, machines)
 def test_every_candidate_fits(isa: str, form: ExpertForm, there: Machine) -> None:
     target = TARGETS[isa]
@@ -71,6 +72,7 @@ def test_every_candidate_fits(isa: str, form: ExpertForm, there: Machine) -> Non
         assert cut.fetch_bytes <= there.l1d_bytes // 2
 
 
+@pytest.mark.slow
 @given(st.sampled_from(KNOWN_ISAS), forms, machines)
 def test_the_choice_is_the_cheapest_and_tells_why(isa: str, form: ExpertForm, there: Machine) -> None:
     found = selection.select(TARGETS[isa], form, there)

@@ -236,7 +236,12 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
 def test_a_compiled_plan_runs(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """compile, plan, generate: as on the command line, on a measured machine."""
     request = pipeline.CompileRequest(
-        str(family.folder), "epyc-zen5-2c", tmp_path / "plan", gpu_memory_bytes=8 << 20, context=64, isas=runtime_samples.ISAS
+        str(family.folder),
+        "epyc-zen5-2c",
+        tmp_path / "plan",
+        gpu_memory_bytes=8 << 20,
+        context=64,
+        isas=runtime_samples.ISAS,
     )
     monkeypatch.setattr(pipeline.report, "render", lambda inputs: b"")  # most of the time; it has tests of its own
     compiled = pipeline.compile_plan(request)
