@@ -154,10 +154,9 @@ def _scenario(name: str, request: BenchRequest, ours: Any, theirs: Any, ids: Any
             f"{request.beams} beams, {request.prompt_tokens} prompt + {request.new_tokens} new tokens",
         ),
     }[name]
-    inputs = ids[:, :prompt].to(ours.device)
 
     def rate(model: Any) -> float:
-        timing = timed(model, inputs, new, beams).timing(prompt)
+        timing = timed(model, ids[:, :prompt].to(model.device), new, beams).timing(prompt)
         return timing.prompt_tokens / timing.ttft_s if name == "prefill" else timing.decode_tokens_per_s
 
     rate(ours)

@@ -51,7 +51,15 @@ def _measured(steps: Sequence[StepSample], tokens: npt.NDArray[np.int32]) -> Res
 
 def _transferred(steps: Sequence[StepSample], spec: ModelSpec, tokens: npt.NDArray[np.int32], ceiling: Ceiling) -> Rest:
     """Time by layers (launches and Python), bytes and operations; the cache by its bytes."""
-    kv_us = _kv_us(steps)
+    models: dict[str, list[StepSample]] = {}
+    for step in steps:
+        models.setdefault(step.model_fingerprint, []).append(step)
+    kv_us_of = {model: _kv_us(own) for model, own in models.items()}
+    per_byte = [
+        kv_us_of[model] / max(1, own[0].kv_bytes_per_token)
+        for model, own in models.items()
+        if len({step.context for step in own if step.tokens == 1}) > 1
+    ]
 
     def work(layers: int, nbytes: int, counts: npt.ArrayLike) -> Work:
         count = np.asarray(counts, np.float64)
@@ -65,15 +73,15 @@ def _transferred(steps: Sequence[StepSample], spec: ModelSpec, tokens: npt.NDArr
     measured = join([work(step.num_layers, step.non_expert_bytes, [step.tokens]) for step in steps])
     sizes = np.array([step.tokens for step in steps])
     candidate = linear("layers, bytes and operations", [SIZE, READ, COMPUTE], transfers=True)
+    kv_us = np.array([kv_us_of[step.model_fingerprint] for step in steps])
     chosen = choose([candidate], measured, _without_cache(steps, kv_us), groups=sizes)
-    per_byte = max(step.kv_bytes_per_token for step in steps)
     formula = chosen.fitted.formula.replace("x n", "x layers")
     summary = CurveSummary(
         "rest_of_step", chosen.name, formula, chosen.median_error, chosen.max_error, *chosen.interval, len(steps),
         False, chosen.errors,
     )  # fmt: skip
     us = chosen.fitted.predict(work(spec.num_layers, spec.non_expert_bytes, tokens))
-    return Rest(us, kv_us * spec.kv_bytes_per_token / max(1, per_byte), summary)
+    return Rest(us, float(np.median(per_byte or [0.0])) * spec.kv_bytes_per_token, summary)
 
 
 def _from_limits(calibration: Calibration, spec: ModelSpec, tokens: npt.NDArray[np.int32]) -> Rest:
@@ -103,7 +111,8 @@ def _ceiling(calibration: Calibration, *, efficiency: bool = False) -> Ceiling:
 
 
 def _kv_us(steps: Sequence[StepSample]) -> float:
-    """The slope of one-token steps over the length of their cache, least squares, at least 0; 0 for one length."""
+    """The slope of one model's one-token steps over the length of their cache, least squares, at least 0; 0 for one
+    length."""
     lengths = np.array([float(step.context) for step in steps if step.tokens == 1])
     times = np.array([step.median_us for step in steps if step.tokens == 1])
     if len(set(lengths.tolist())) < 2:
@@ -111,8 +120,8 @@ def _kv_us(steps: Sequence[StepSample]) -> float:
     return max(0.0, float(np.polyfit(lengths, times, 1)[0]))
 
 
-def _without_cache(steps: Sequence[StepSample], kv_us: float) -> Floats:
-    """The steps' times less what their caches add; at least half of each is left."""
+def _without_cache(steps: Sequence[StepSample], kv_us: float | Floats) -> Floats:
+    """The steps' times less what their caches add, kv_us a token; at least half of each is left."""
     times = np.array([step.median_us for step in steps])
     cached = np.array([step.sequences * step.context for step in steps])
     return np.maximum(times - kv_us * cached, 0.5 * times)

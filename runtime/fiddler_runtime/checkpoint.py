@@ -7,7 +7,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,8 +24,10 @@ __all__ = ["Checkpoint", "TensorInfo", "check_identity", "config_value", "expert
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SAMPLES, SAMPLE_BYTES = 64, 4096
-"""Pieces of a shard that identify it besides what is where in it: a quarter of a megabyte of some gigabytes."""
+SAMPLES, SAMPLE_BYTES, SAMPLE_DISTANCE = 64, 4096, 2 << 20
+"""Pieces of a file that identify it besides what is where in it: at least so many, at most so far apart."""
+_READERS = 16
+"""Threads that read them: what is not in memory takes a disk or a network far longer than the reading itself."""
 # Families whose published config.json says num_experts get num_local_experts instead when transformers 5 saves them.
 _OTHER_SPELLING = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
 
@@ -86,10 +89,11 @@ class Checkpoint:
             raise FiddlerError(f"cannot read {info.file}", found=error.strerror or str(error)) from None
 
     def identity(self) -> str:
-        """What tells these tensors from others: names, types, places, and SAMPLES pieces of every file, hashed.
+        """What tells these tensors from others: names, types, places, and pieces of every file, hashed.
 
-        Copying or moving the files does not change it. Other weights in the same places do, unless they differ in a few
-        bytes between the pieces only. Raises FiddlerError for a file that cannot be read.
+        SAMPLES pieces, and one every SAMPLE_DISTANCE: a matrix of that size cannot be another one unnoticed, smaller
+        ones and single numbers can. Copying or moving the files does not change it. Raises FiddlerError for a file that
+        cannot be read.
         """
         total = hashlib.sha256()
         starts: dict[Path, int] = {}
@@ -103,9 +107,8 @@ class Checkpoint:
                     size = os.fstat(opened.fileno()).st_size
                     os.posix_fadvise(opened.fileno(), start, 0, os.POSIX_FADV_RANDOM)
                     total.update(f"{file.name} {size}\0".encode())
-                    for number in range(SAMPLES):
-                        offset = start + (size - start) * number // SAMPLES
-                        total.update(os.pread(opened.fileno(), SAMPLE_BYTES, offset))
+                    for pieces in _samples(opened.fileno(), start, size):
+                        total.update(pieces)
             except OSError as error:
                 raise FiddlerError(f"cannot read {file}", found=error.strerror or str(error)) from None
         return total.hexdigest()
@@ -227,6 +230,18 @@ def config_value(config: Mapping[str, Any], key: str) -> Any:
     if key not in config and key in _OTHER_SPELLING:
         key = _OTHER_SPELLING[key]
     return config.get(key)
+
+
+def _samples(descriptor: int, start: int, end: int) -> Iterator[bytes]:
+    """A file's pieces from `start` on, some at a time, in order."""
+    count = max(SAMPLES, (end - start) // SAMPLE_DISTANCE)
+
+    def read(first: int) -> bytes:
+        numbers = range(first, min(first + SAMPLES, count))
+        return b"".join(os.pread(descriptor, SAMPLE_BYTES, start + (end - start) * n // count) for n in numbers)
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        yield from readers.map(read, range(0, count, SAMPLES))
 
 
 def check_identity(spec: ModelSpec, model_dir: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from .errors import FiddlerError
 from .machine import ISA_FLAGS, Machine
 from .plan import ABI_VERSION, Header
@@ -15,15 +17,14 @@ _MEND = "decisions may be off; hint: fiddlerc calibrate -o hw.json, then compile
 def check(header: Header, machine: Machine) -> tuple[str, ...]:
     """Compares a plan's header with the machine it is to run on.
 
-    Raises FiddlerError (hard) if the plan cannot run: another ABI, no kernel whose instruction set runs here, or less
-    accelerator memory than the plan fills. Returns sentences (soft) about what only makes the plan's latencies stale,
-    and so its decisions worse than they could be.
+    Raises FiddlerError (hard) if the plan cannot run: another ABI, or no kernel whose instruction set runs here.
+    Returns sentences (soft) about what only makes the plan's latencies stale, and so its decisions worse than they
+    could be, and about less accelerator memory than the plan fills.
     """
     _require_abi(header)
     _require_isa(header, machine)
-    _require_memory(header, machine)
 
-    warnings = []
+    warnings = list(_too_little_memory(header, machine))
     if differences := _differences(header.hardware.machine, machine):
         warnings.append(f"compiled for another machine: {'; '.join(differences)}; {_MEND}")
     if header.hardware.provenance != "measured":
@@ -84,18 +85,17 @@ def _require_isa(header: Header, machine: Machine) -> None:
     )
 
 
-def _require_memory(header: Header, machine: Machine) -> None:
+def _too_little_memory(header: Header, machine: Machine) -> Iterator[str]:
     """A plan for a GPU fills the memory it was given. On a machine without one it runs on the CPU and needs none."""
     if machine.accelerator.kind != "cuda" or header.hardware.machine.accelerator.kind != "cuda":
         return
     residents = header.placement.resident_experts * header.model.expert_bytes
     needed = sum(item.bytes for item in header.memory) + residents
     if needed > machine.accelerator.memory_bytes:
-        raise FiddlerError(
-            f"the plan needs more memory than {machine.accelerator.name} has",
-            found=_gib(machine.accelerator.memory_bytes),
-            expected=f"{_gib(needed)}, of which resident experts {_gib(residents)}",
-            hint=f"fiddlerc compile ... --gpu-memory {machine.accelerator.memory_bytes // 2**20}MiB",
+        yield (
+            f"compiled for {_gib(needed)} of a GPU's memory, of which {machine.accelerator.name} has "
+            f"{_gib(machine.accelerator.memory_bytes)}: the least popular resident experts will be given up; hint: "
+            f"fiddlerc compile ... --gpu-memory {machine.accelerator.memory_bytes // 2**20}MiB"
         )
 
 

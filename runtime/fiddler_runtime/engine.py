@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from .errors import FiddlerError, FiddlerWarning
 from .lanes.accelerator import AcceleratorLanes
 from .lanes.device import Device, open_device
 from .lanes.generated_kernels import kernels_on
-from .lanes.resident_kernels import ExpertKernels
 from .lanes.routing import route
 from .lanes.streamed import StreamedLane
 from .loading import load_plan, open_library
@@ -36,7 +35,7 @@ from .packed_cache import PackedCache
 from .plan import ModelSpec, Plan
 from .preflight import survey
 from .progress import Progress
-from .residents import Place, by_popularity, kept_for_later, reserve, tell
+from .residents import Place, by_popularity, later, reserve, tell
 from .store import place
 from .strategies import DeviceChoice
 from .weights import ExpertWeights
@@ -84,6 +83,7 @@ class Engine:
         self.spec = self.plan.header.model
         self._closed = False
         self._lock = threading.Lock()
+        self._stepping: int | None = None  # the thread that is in captured()
         self._process = os.getpid()
         self._phase: Phase = "decode"
         self._counters = Counters()
@@ -99,57 +99,49 @@ class Engine:
             needs.check()
         weights.drop_behind = needs.crowded
         self._library = open_library(self.plan, progress=progress)
-        self._device = open_device(setup.kind)
-        try:
+        with ExitStack() as undo:
+            self._device = undo.enter_context(open_device(setup.kind))
             # Before the weights take the memory: on a GPU that has not been seen before this measures.
             self._expert_kernels = kernels_on(self._device, self._library, isa)
+            undo.callback(self._expert_kernels.close)
             count = _cpu_threads(threads, self._device)
             beside_torch = self._device.kind == "none"
             self._kernels = self._library.open(isa, count, cpus=lane_cpus(count), beside_torch=beside_torch)
-            try:
-                lane = None
-                if setup.streaming:
-                    lane = _streamed_lane(
-                        self._device, self.spec, self._expert_kernels, prefetch="prefetch" in setup.features
-                    )
-                rooms = reserve(
-                    self.spec,
-                    setup.resident,
-                    self.plan.tables.popularity,
-                    self._device,
-                    keep_bytes=kept_for_later(self.plan.header) if whole_model else 0,
-                    all_needed=self.strategies == ("resident",),
-                )
-                self._store = place(
-                    self.spec,
-                    rooms,
-                    weights,
-                    self._kernels,
-                    self._device,
-                    cache=packed_cache,
-                    progress=progress,
-                )
-                del rooms  # the kernels repack what is in them, one after another
-            except BaseException:
-                self._kernels.close()
-                raise
-        except BaseException:
-            self._device.close()
-            raise
-        # The tables as they apply here: where the weights are decides, not where the plan would have put them.
-        tables = dataclasses.replace(self.plan.tables, resident=self._store.places.astype(np.uint8))
-        self._features = tuple(sorted(setup.features))
-        rows = self.spec.intermediate_size if "split" in setup.features and "cpu" in self.strategies else 0
-        # Where all were to be resident there is no streamed lane, also if some had to be given up.
-        self._allowed = [strategy for strategy in self.strategies if strategy != "streamed" or lane is not None]
-        self._dispatcher = dispatcher(self._library, tables, self.spec.num_experts, allow=self._allowed, rows=rows)
-        # What is worth fetching ahead was decided for the plan's own residents.
-        self._ahead = Ahead(self.plan.tables.prefetch, self._store) if "prefetch" in setup.features else None
-        self._lanes = AcceleratorLanes(self._device, self._store, self._expert_kernels, lane)
-        self._tables = tables
-        self._captured: CapturedLayers | None = None
-        self._drift = Drift(self.plan, Setup(self._device.kind, self._kernels.threads, self._kernels.isa))
-        self._description = self._describe()
+            undo.callback(self._kernels.close)
+            lane = None
+            if setup.streaming:
+                with _enough_memory("stream experts", self.spec, "--strategies resident,cpu"):
+                    lane = StreamedLane(self._device, self._expert_kernels, prefetch="prefetch" in setup.features)
+            rooms = reserve(
+                self.spec,
+                setup.resident,
+                self.plan.tables.popularity,
+                self._device,
+                keep_bytes=sum(item.bytes for item in later(self.plan.header)) if whole_model else 0,
+                all_needed=self.strategies == ("resident",),
+            )
+            self._store = place(
+                self.spec, rooms, weights, self._kernels, self._device, cache=packed_cache, progress=progress
+            )
+            del rooms  # the kernels repack what is in them, one after another
+            undo.callback(self._store.close)
+            undo.callback(self._device.close)  # before that: its copies may still read what is given back
+            with _enough_memory("lay out the resident experts", self.spec, "a plan for less --gpu-memory"):
+                self._lanes = AcceleratorLanes(self._device, self._store, self._expert_kernels, lane)
+            # The tables as they apply here: where the weights are decides, not where the plan would have put them.
+            tables = dataclasses.replace(self.plan.tables, resident=self._store.places.astype(np.uint8))
+            self._features = tuple(sorted(setup.features))
+            rows = self.spec.intermediate_size if "split" in setup.features and "cpu" in self.strategies else 0
+            # Where all were to be resident there is no streamed lane, also if some had to be given up.
+            self._allowed = [strategy for strategy in self.strategies if strategy != "streamed" or lane is not None]
+            self._dispatcher = dispatcher(self._library, tables, self.spec.num_experts, allow=self._allowed, rows=rows)
+            self._tables = tables
+            # What is worth fetching ahead was decided for the plan's own residents.
+            self._ahead = Ahead(self.plan.tables.prefetch, self._store) if "prefetch" in setup.features else None
+            self._captured: CapturedLayers | None = None
+            self._drift = Drift(self.plan, Setup(self._device.kind, self._kernels.threads, self._kernels.isa))
+            self._description = self._describe()
+            self._undo = undo.pop_all()
 
     @property
     def device(self) -> torch.device:
@@ -175,7 +167,7 @@ class Engine:
             return captured.moe(row, hidden, topk_ids, topk_weights).to(hidden.dtype)
         if hidden.shape[0] == 0:
             return torch.empty_like(hidden)
-        with self._lock:
+        with self._alone("moe()"):
             if self._closed:
                 raise FiddlerError("the engine is closed", found="a call of moe() after close()")
             out = self._run_within_memory(row, hidden, topk_ids, topk_weights)
@@ -313,7 +305,7 @@ class Engine:
         Raises FiddlerError where there is no such thing: without an accelerator, or where experts may neither be
         resident nor run on the CPU. After residents were given up it is another one, to which older steps mean nothing.
         """
-        with self._lock:
+        with self._alone("captured()"):
             if self._closed:
                 raise FiddlerError("the engine is closed", found="a captured step after close()")
             if self._captured is None:
@@ -337,7 +329,23 @@ class Engine:
                     done=self._count_captured,
                 )
                 self._description = self._describe()
-            yield self._captured
+            self._stepping = threading.get_ident()
+            try:
+                yield self._captured
+            finally:
+                self._stepping = None
+
+    @contextmanager
+    def _alone(self, call: str) -> Iterator[None]:
+        """One thread at a time. A thread that is in `captured` would wait for itself."""
+        if self._stepping == threading.get_ident():
+            raise FiddlerError(
+                f"{call} was called between captured steps",
+                found="with engine.captured() around it, in the same thread",
+                hint="leave that first",
+            )
+        with self._lock:
+            yield
 
     def _captured_strategies(self) -> list[str]:
         """Those of captured steps, in which nobody starts copies once the routing is known. None where experts would be
@@ -418,16 +426,14 @@ class Engine:
         """Waits for the call in progress, ends the threads and lets the weights go. Calling it again does nothing."""
         if os.getpid() != self._process:
             return  # all of it is that process's, whose other threads may hold the lock
-        with self._lock:
+        with self._alone("close()"):
             if self._closed:
                 return
             self._closed = True
             self._device.close()  # first: what follows gives memory back that its copies may still read
             if self._captured is not None:
                 self._captured.close()
-            self._store.close()
-            self._expert_kernels.close()
-            self._kernels.close()
+            self._undo.close()
             self._captured = self._ahead = None  # which hold the weights too
             del self._lanes, self._dispatcher, self._store
 
@@ -438,14 +444,13 @@ class Engine:
         self.close()
 
 
-def _streamed_lane(device: Device, spec: ModelSpec, kernels: ExpertKernels, *, prefetch: bool) -> StreamedLane:
+@contextmanager
+def _enough_memory(purpose: str, spec: ModelSpec, hint: str) -> Iterator[None]:
     try:
-        return StreamedLane(device, kernels, prefetch=prefetch)
+        yield
     except torch.OutOfMemoryError as error:
         raise FiddlerError(
-            f"not enough accelerator memory to stream experts of {spec.name}",
-            found=str(error).splitlines()[0],
-            hint="--strategies resident,cpu",
+            f"not enough accelerator memory to {purpose} of {spec.name}", found=str(error).splitlines()[0], hint=hint
         ) from error
 
 

@@ -295,7 +295,7 @@ def _cuda_device(root: Path) -> Accelerator | None:
         return None
     if not torch.cuda.is_available():
         return None
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _read(root / "proc/driver/nvidia/version"))
     driver = f"{found.group(1)}, " if found else ""
     return Accelerator("cuda", str(properties.name), int(properties.total_memory), f"{driver}CUDA {torch.version.cuda}")

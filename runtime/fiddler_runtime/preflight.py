@@ -13,6 +13,7 @@ from .machine import available_bytes, require_cuda
 from .packed_cache import PackedCache
 from .plan import Header, ModelSpec
 from .reading import BUFFERS
+from .residents import later
 from .strategies import Setup
 from .text import format_bytes
 
@@ -115,7 +116,7 @@ class Preflight:
 
 def survey(header: Header, setup: Setup, cache: PackedCache | None, *, whole_model: bool) -> Preflight:
     """Counts what an engine with that setup needs; whole_model: and the rest of the model, by transformers, with it."""
-    spec, options = header.model, header.options
+    spec = header.model
     packed = spec.expert.packed_bytes
     total, residents = setup.resident.size, int(setup.resident.sum())
     on_device = [Need("accelerator memory", f"{residents} resident experts", residents * spec.expert_bytes)]
@@ -124,12 +125,9 @@ def survey(header: Header, setup: Setup, cache: PackedCache | None, *, whole_mod
         on_device.append(Need("accelerator memory", "staging of streamed experts", staging))
     rest: list[Need] = []
     if whole_model:
-        cached = options.context * options.batch
         rest = [
             Need("accelerator memory", "all but the routed experts", spec.non_expert_bytes),
-            Need(
-                "accelerator memory", f"KV cache of {cached} tokens", options.batch * spec.cache_bytes(options.context)
-            ),
+            *(Need("accelerator memory", item.item, item.bytes) for item in later(header)),
         ]
     needs = [*on_device, *rest]
     if setup.kind != "cuda":  # the accelerator, if any, is the host
@@ -146,8 +144,14 @@ def survey(header: Header, setup: Setup, cache: PackedCache | None, *, whole_mod
     if setup.kind == "cuda":
         require_cuda()
         available["accelerator memory"] = int(torch.cuda.mem_get_info()[0])
+        if cache is None and setup.strategies != ("resident",):
+            short = sum(need.bytes for need in (*on_device, *rest)) - available["accelerator memory"]
+            given_up = min(residents, max(0, -(-short // spec.expert_bytes)))
+            needs.append(
+                Need("host memory", f"{given_up} experts that the accelerator has no room for", given_up * packed)
+            )
     source = total * spec.expert_bytes if cache is None else cache.missing_bytes()
-    optional = residents * spec.expert_bytes if "cpu" in setup.strategies else 0
+    optional = 0 if setup.strategies == ("resident",) else residents * spec.expert_bytes
     return Preflight(spec.name, tuple(needs), available, 0 if cache is None else on_host, source, optional)
 
 

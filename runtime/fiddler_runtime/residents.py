@@ -12,7 +12,7 @@ import torch
 
 from .errors import FiddlerError, FiddlerWarning
 from .lanes.device import Device, UnpackedExpert
-from .plan import Header, ModelSpec
+from .plan import Header, MemoryItem, ModelSpec
 from .text import format_bytes
 
 Place = tuple[int, int]
@@ -21,9 +21,9 @@ Place = tuple[int, int]
 _LATER = ("KV cache", "activations", "keys and values")  # as fiddlerc/placement/budget.py names them
 
 
-def kept_for_later(header: Header) -> int:
-    """Bytes of the plan's memory budget that are taken while the model runs, beside what is loaded before."""
-    return sum(item.bytes for item in header.memory if item.item.startswith(_LATER))
+def later(header: Header) -> list[MemoryItem]:
+    """Of the plan's memory budget what is taken while the model runs, beside what is loaded before."""
+    return [item for item in header.memory if item.item.startswith(_LATER)]
 
 
 def by_popularity(resident: npt.NDArray[np.bool_], popularity: npt.NDArray[np.float32]) -> Sequence[Place]:

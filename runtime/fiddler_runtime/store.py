@@ -99,7 +99,14 @@ def place(
         warn_of_far_memory(f"experts of {spec.name}")
     # Last: pinning touches every page, and would bring them in before the kernels' threads do.
     unit = kernels.library.packed_bytes
-    pins = [device.pin(memory, unit_bytes=unit, mapped=cache is not None) for memory in memories]
+    pins: list[Pin] = []
+    try:
+        for memory in memories:
+            pins.append(device.pin(memory, unit_bytes=unit, mapped=cache is not None))
+    except BaseException:
+        for pin in pins:
+            pin.undo()
+        raise
     residents: tuple[dict[int, UnpackedExpert], ...] = tuple({} for _ in layers)
     for row, expert in sorted(rooms):
         residents[row][expert] = rooms[row, expert]

@@ -195,6 +195,17 @@ def test_an_error_of_the_cpu_lane_reaches_the_caller(engine: Engine):
             layers.replay(captured)
 
 
+def test_a_thread_between_captured_steps_is_told_that_it_would_wait_for_itself(engine: Engine):
+    step = Step(engine, 1)
+    step.fill(0)
+    expected = step()
+    with engine.captured():
+        for call in (step, engine.close, engine.captured().__enter__):
+            with pytest.raises(FiddlerError, match="was called between captured steps"):
+                call()
+    assert torch.equal(step(), expected)
+
+
 @pytest.mark.parametrize("name", ENTRIES)
 @pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
 def test_an_interrupted_step_runs_to_its_end(

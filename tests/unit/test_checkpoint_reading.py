@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -111,6 +112,20 @@ def test_opening_reads_headers_only(tmp_path: Path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     os.truncate(path, 8 + len(header) + 64_000_000_000)
     assert Checkpoint.open(tmp_path).tensors["w"].elements == 32_000_000_000
+
+
+def test_the_identity_tells_one_matrix_of_a_large_file(tmp_path: Path) -> None:
+    elements, matrix = 1 << 29, 1 << 20  # of 2 bytes; all holes but what is written
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [elements], "data_offsets": [0, 2 * elements]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 2 * elements)
+    before = Checkpoint.open(tmp_path).identity()
+    assert Checkpoint.open(tmp_path).identity() == before
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(8 + len(header) + 5 * matrix)
+        file.write(bytes([1]) * 2 * matrix)
+    assert Checkpoint.open(tmp_path).identity() != before
 
 
 def test_identity_of_another_model(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fiddler_runtime.lanes.device import CannotCapture, Device, open_device
 from fiddler_runtime.lanes.driver import Driver
 from fiddler_runtime.lanes.kernel_choice import DEFAULT
 from fiddler_runtime.lanes.resident_kernels import ExpertKernels
+from fiddler_runtime.plan import MemoryItem
 
 SPEC = runtime_samples.small_spec()
 LAYER = SPEC.moe_layers[0]
@@ -217,7 +218,7 @@ def test_what_torch_refuses_to_capture_is_told(cuda: FakeCuda):
 
 
 def test_residents_are_given_up_for_what_the_model_needs(plan, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fiddler_runtime.engine.kept_for_later", lambda _: 2 << 40)
+    monkeypatch.setattr("fiddler_runtime.engine.later", lambda _: [MemoryItem("KV cache", 2 << 40)])
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         engine = Engine(plan, ExpertWeights.random(), device="cuda", whole_model=True)

@@ -151,6 +151,14 @@ def test_foreign_ids_are_skipped(engine: Engine, experts):
     assert (out[5] == 0).all()
 
 
+def test_an_expert_chosen_twice_counts_twice(engine: Engine, experts):
+    hidden, ids, weights = routing(40, 12)
+    ids[::3] = ids[::3, :1]
+    out = engine.moe(1, hidden, ids, weights)
+    expected, size = reference(experts, 1, hidden, ids, weights)
+    assert ((out.double() - expected).abs() <= 6 * 2.0**-9 * size + 1e-6).all()
+
+
 def test_the_inputs_are_not_touched(engine: Engine):
     hidden, ids, weights = routing(20, 2)
     copies = hidden.clone(), ids.clone(), weights.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from fake_driver import FakeDriver
 
 from fiddler_runtime import Engine, ExpertWeights, FiddlerError, FiddlerWarning, residents
+from fiddler_runtime import engine as engine_module
 from fiddler_runtime.lanes import accelerator, pinning
 from fiddler_runtime.lanes.device import SimulatedDevice, UnpackedExpert
 from fiddler_runtime.lanes.generated_kernels import GeneratedKernels
@@ -208,16 +210,44 @@ def test_pieces_part_neither_units_nor_pages(unit: int):
     assert len(pieces) > 1 or unit > 1 << 20
 
 
-def test_memory_that_may_not_be_locked_is_copied_all_the_same(plan: Plan, fake: FakeDriver, monkeypatch):
-    """Through the driver's functions: the first layer's experts are locked, the second's are not."""
+def pin_by(fake: FakeDriver, interrupted: int | None = None) -> Any:
+    """SimulatedDevice.pin through the driver's functions; the call of that number is interrupted."""
+    calls = iter(range(1000))
 
     def pin(self: SimulatedDevice, tensor: torch.Tensor, *, unit_bytes: int | None = None, mapped: bool = False) -> Any:
+        if next(calls) == interrupted:
+            raise KeyboardInterrupt
         unit = unit_bytes or tensor.nbytes
         return pinning.lock(tensor, unit, fake.driver.register, fake.driver.unregister, piece_bytes=unit)
 
+    return pin
+
+
+@pytest.mark.parametrize("when", ["pinning", "laying out", "nobody closes it"])
+def test_locked_memory_is_given_back(plan: Plan, fake: FakeDriver, monkeypatch: pytest.MonkeyPatch, when: str):
+    monkeypatch.setattr(SimulatedDevice, "pin", pin_by(fake, 1 if when == "pinning" else None))
+    if when == "laying out":
+        monkeypatch.setattr(engine_module, "AcceleratorLanes", lambda *_: fail())
+    if when == "nobody closes it":
+        engine = Engine(plan, ExpertWeights.random())
+        assert fake.native.fake_registered() > 0
+        del engine
+        gc.collect()
+    else:
+        with pytest.raises((KeyboardInterrupt, FiddlerError)):
+            Engine(plan, ExpertWeights.random())
+    assert fake.native.fake_registered() == 0
+
+
+def fail() -> None:
+    raise torch.OutOfMemoryError("full\nmore")
+
+
+def test_memory_that_may_not_be_locked_is_copied_all_the_same(plan: Plan, fake: FakeDriver, monkeypatch):
+    """Through the driver's functions: the first layer's experts are locked, the second's are not."""
     with Engine(plan, ExpertWeights.random()) as engine:
         expected = outputs(engine)
-    monkeypatch.setattr(SimulatedDevice, "pin", pin)
+    monkeypatch.setattr(SimulatedDevice, "pin", pin_by(fake))
     fake.native.fake_lock_limit(5 * SPEC.expert.packed_bytes)
     with pytest.warns(FiddlerWarning, match=r"only .* KiB of .* KiB of packed experts of small could be locked"):
         engine = Engine(plan, ExpertWeights.random())

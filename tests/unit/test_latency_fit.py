@@ -290,6 +290,19 @@ def test_the_rest_of_another_model_goes_by_layers_bytes_and_operations() -> None
     assert not model.curves[-1].interpolated
 
 
+def test_a_cached_token_of_models_that_take_longer_with_less_in_the_cache() -> None:
+    """One line through the steps of both would fall."""
+    steps = (
+        *(replace(step, model_fingerprint="slow") for step in rest_steps(lambda n, kv: 20e3 + n + 0.5 * kv)),
+        *(
+            replace(step, model_fingerprint="fast", context=step.context + 4000, median_us=step.median_us + 2000)
+            for step in rest_steps(lambda n, kv: 1e3 + n + 0.5 * kv)
+        ),
+    )
+    wanted = replace(spec(), kv_bytes_per_token=3)
+    assert latency.fit(replace(calibration(), steps=steps), wanted).rest_kv_us == pytest.approx(1.5, rel=1e-3)
+
+
 def test_errors_of_predicting_other_shapes() -> None:
     shapes = ((4096, 14336), (2048, 768), (2048, 1024), (4096, 6400))
     known = calibration(shapes=shapes, noise=0.03)

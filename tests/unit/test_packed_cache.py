@@ -168,13 +168,25 @@ def test_needs_are_listed_item_by_item(plan: Plan, model: Path, monkeypatch: pyt
     assert items["4 resident experts"] == 4 * SPEC.expert_bytes
     assert items["8 packed experts"] == 8 * plan.header.kernels.packed_bytes
     assert items["all but the routed experts"] == SPEC.non_expert_bytes
-    assert items["KV cache of 128 tokens"] == 128 * SPEC.kv_bytes_per_token
+    assert items["KV cache (1 x 128 tokens)"] == 128 * SPEC.kv_bytes_per_token
     assert needs.needed("host memory") == sum(items.values())
     assert "1.0 TiB free" in needs.lines()[0]
     assert not needs.crowded
     cache = PackedCache.open(True, SPEC, checked(model))
     needs = preflight.survey(plan.header, setup, cache, whole_model=False)
     assert needs.needed("disk") == needs.mapped_bytes // 8 * 12 == 12 * plan.header.kernels.packed_bytes
+
+
+def test_residents_that_have_no_room_are_counted_on_the_host(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fiddler_runtime import strategies
+
+    setup = strategies.decide(plan, "cuda", None, gpu=True)
+    free = SPEC.staging_bytes() + SPEC.expert_bytes * 3 // 2
+    monkeypatch.setattr(preflight, "require_cuda", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1 << 40))
+    needs = preflight.survey(plan.header, setup, None, whole_model=False)
+    items = {need.item: need.bytes for need in needs.needs if need.where == "host memory"}
+    assert items["3 experts that the accelerator has no room for"] == 3 * plan.header.kernels.packed_bytes
 
 
 RUN = """

@@ -82,6 +82,22 @@ def test_residents_are_never_held_twice():
     assert {expert.gate_up.untyped_storage().data_ptr() for expert in experts.values()} == {storage}
 
 
+def test_where_there_is_no_room_for_a_stack_the_matrices_stay(monkeypatch: pytest.MonkeyPatch):
+    form = FORMS[1]
+    experts = experts_of(form, 2)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(resident_kernels, "_stack_of", full)
+    kernels = ExpertKernels(form, CPU, Choice("matrix", ((0, "grouped_mm"),), "a test"))
+    held = kernels.hold(dict(experts))
+    hidden, out, rows = torch.randn(2, form.hidden_size).bfloat16(), torch.zeros(2, form.hidden_size), torch.arange(2)
+    kernels.run(hidden, rows, torch.ones(2), held, [Share(4, 0, 2)], out)
+    assert held.stacked is None
+    assert torch.equal(out, expert_result(hidden, experts[4]).float())
+
+
 @pytest.mark.parametrize("name", ["grouped_mm", "unpacked"])
 def test_memory_of_an_expert_that_is_given_up_comes_back(name: str):
     form = FORMS[1]

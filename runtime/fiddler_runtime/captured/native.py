@@ -153,6 +153,11 @@ class NativeStep:
         if handle is not None:
             self._native.fdl_step_close(handle)
 
+    def __del__(self) -> None:
+        # A constructor that raised has left no handle.
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
     def _open(self) -> c_void_p:
         if self._handle is None:
             raise FiddlerError("captured steps are closed", found="a step after close()")

@@ -35,7 +35,9 @@ class AcceleratorLanes:
 
         ahead  (row, expert) to fetch for a later layer once this one's copies are on their way
         """
-        return self._device.submit(self._run, row, hidden, routing, ahead)
+        # Here: memory is the stream's that it was taken on, and it is this one's caller who reads the result.
+        out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        return self._device.submit(self._run, row, hidden, routing, ahead, out)
 
     def prefetch(self, row: int, expert: int) -> Future[None]:
         """Queues fetching an expert ahead, where the layer has no work for the accelerator."""
@@ -50,8 +52,9 @@ class AcceleratorLanes:
         self._device.join(self._device.submit(self._kernels.give_back, self._resident[row]))
         self._device.release()
 
-    def _run(self, row: int, hidden: torch.Tensor, routing: Routing, ahead: tuple[int, int] | None) -> Result:
-        out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    def _run(
+        self, row: int, hidden: torch.Tensor, routing: Routing, ahead: tuple[int, int] | None, out: torch.Tensor
+    ) -> Result:
         packed, streamed = self._store.packed[row], self._streamed
         if streamed is None:
             self._run_resident(row, hidden, routing, out)

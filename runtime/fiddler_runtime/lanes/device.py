@@ -351,7 +351,7 @@ class CudaDevice(Device):
         return self.to_device(name, self.host_room(name, tuple(tensor.shape), tensor.dtype).copy_(tensor))
 
     def _has(self, tensor: torch.Tensor) -> bool:
-        return tensor.is_cuda
+        return tensor.device == self.torch_device  # another GPU's streams are not waited for
 
     def close(self) -> None:
         self._launcher.close()

@@ -87,7 +87,7 @@ class GeneratedKernels(ExpertKernels):
         for choice, share in enumerate(shares):
             part = slice(share.start, share.stop)
             ids[token[part], choice] = choice
-            scale[token[part], choice] = factor[part]
+            np.add.at(scale[:, choice], token[part], factor[part])  # some may have chosen it twice
         pointers = make_pointers([held.packed(share.expert).words.data_ptr() for share in shares])
         result = torch.empty_like(out)
         self._kernels.moe(hidden, torch.from_numpy(ids), torch.from_numpy(scale), pointers, result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,9 +50,16 @@ def lock(
             done += nbytes
     except FiddlerError:
         pass  # the caller says how much is missing
+    except BaseException:
+        for begin in locked:
+            unregister(begin)
+        raise
 
-    def undo() -> None:
+    def undo(keep: torch.Tensor = memory) -> None:  # the memory may not be freed before
         while locked:
             unregister(locked.pop())
 
-    return Pin(done, undo)
+    pin = Pin(done, undo)
+    # Of an engine that nobody closed. Not at exit, when the driver may be gone.
+    weakref.finalize(pin, undo).atexit = False
+    return pin

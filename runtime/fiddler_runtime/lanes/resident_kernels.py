@@ -228,7 +228,10 @@ class ExpertKernels:
                 experts[expert] = packed
         if not self.choice.stacks or not experts:
             return Held(self.form, experts)
-        stacked = _stack_of(self.form, len(experts), self.device)
+        try:
+            stacked = _stack_of(self.form, len(experts), self.device)
+        except torch.OutOfMemoryError:
+            return Held(self.form, experts)  # as after give_back(): the kernels that want none compute them
         for place, (expert, matrices) in enumerate(experts.items()):
             view = _place_of(stacked, place)
             _fill(view, matrices)
