@@ -1,5 +1,5 @@
 # make demo   everything on the embedded trained model: trace, calibrate, compile, run, compare
-# make test   all tests; what CI runs
+# make test   all tests (.ci/run: with make lint)
 # make plans  the shipped plans again
 # make check  seconds: formatting, types, import rules, goldens, fast tests
 # make lint   formatting and types alone

@@ -27,7 +27,7 @@ def main() -> None:
         if error.name is None or error.name.partition(".")[0] in ("fiddlerc", "fiddler_runtime"):
             raise
         print(f"error: the compiler's packages are not installed: found no module {error.name!r}", file=sys.stderr)
-        print("hint: pip install 'fiddlerc[compiler,hf]'", file=sys.stderr)
+        print("hint: pip install '.[compiler,hf]'   (in fiddlerc's own folder)", file=sys.stderr)
         sys.exit(1)
     sys.exit(run_command_line(sys.argv[1:]))
 

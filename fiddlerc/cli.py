@@ -103,6 +103,8 @@ def parse_sweep(text: str) -> tuple[int, ...]:
     if match is None:
         raise typer.BadParameter(f"{text!r} is not a sweep, such as gpu-memory=8GiB..80GiB")
     low, low_unit, high, high_unit = match.groups()
+    if not low_unit + high_unit:
+        raise typer.BadParameter(f"{text!r} has no unit, such as gpu-memory={low}GiB..{high}GiB")
     first, last = parse_bytes(low + (low_unit or high_unit)), parse_bytes(high + (high_unit or low_unit))
     if not 0 < first <= last - (SWEEP_POINTS - 1):
         raise typer.BadParameter(f"{text!r} does not go from less to more, such as gpu-memory=8GiB..80GiB")
@@ -113,6 +115,8 @@ def parse_cache(text: str) -> bool | Path:
     """--packed-cache's folder; without one: True, beside the checkpoint."""
     return Path(text) if text else True
 
+
+_PLACED = {"placed": "this plan", "random": "at random", "worst": "the least popular"}
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan directory.")]
@@ -156,7 +160,9 @@ def compile_command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, an ONNX file, or a built-in name.")
     ],
-    hw: Annotated[str, typer.Option("--hw", metavar="HW", help="A calibration file, or a name of the catalogue.")],
+    hw: Annotated[
+        str, typer.Option("--hw", metavar="HW", help="A calibration file, or a built-in machine: a100 or a100.json.")
+    ],
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Which experts real text chooses.")] = None,
     gpu_memory: Annotated[
         Any, typer.Option(parser=parse_bytes, metavar="SIZE", help="GPU memory to use, such as 24GiB.")
@@ -399,7 +405,7 @@ def inspect(
         f"(random {placed['random_hit_rate']:.1%}); {placed['basis']}",
     )
     for name, ratio in value["placement"]["relative_time"].items():
-        row("", f"{ratio:.3f} x the time of placement by popularity: {name}")
+        row("", f"{ratio:.3f} x the time of placement by popularity: {_PLACED.get(name, name)}")
     for feature in value["features"]:
         gains = ", ".join(f"{feature[f'gain_{s}']:.1%} in {s}" for s in ("decode", "prefill", "beam"))
         row("feature", f"{feature['name']} {'on' if feature['on'] else 'off'}: saves {gains}")
@@ -464,7 +470,7 @@ def verify(
         return
     for line in mismatches:
         err.print(f"[yellow]warning:[/] {_escape(line)}")
-    out.print(f"{plan}: intact, {len(checked.header.files)} files, runs on this machine")
+    out.print(f"{plan}: intact, {len(checked.header.files)} files; its kernels run on this CPU")
 
 
 @app.command()
@@ -726,7 +732,8 @@ def _print_sweep(points: Sequence[Any], columns: Sequence[tuple[str, str]]) -> N
         gains = []
         for title, field in columns:
             ratio = getattr(last.result, field) / getattr(first.result, field)
-            gains.append(f"{1 / ratio if field == 'ttft_s' else ratio:.2f} x in {title.split(' ')[0]}")
+            name = title.removesuffix(" tok/s").split(" s at ")[0]
+            gains.append(f"{1 / ratio if field == 'ttft_s' else ratio:.2f} x in {name}")
         out.print(
             f"{format_bytes(last.gpu_memory_bytes)} instead of {format_bytes(first.gpu_memory_bytes)}, with the same "
             f"processors: {', '.join(gains)}"
@@ -799,7 +806,7 @@ def run_command_line(arguments: Sequence[str]) -> int:
         if not arguments:  # `fiddlerc` alone: the message is the help
             print(usage())
             return 2
-        err.print(f"[red]error:[/] {_escape(usage())}")
+        err.print(f"[red]error:[/] {_escape(usage().replace('Value error, ', ''))}")
         context = getattr(error, "ctx", None)
         err.print(f"[cyan]hint:[/] {context.command_path if context else 'fiddlerc'} --help")
         return 2

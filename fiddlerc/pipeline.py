@@ -483,10 +483,12 @@ def inspect_plan(path: Path) -> dict[str, Any]:
 
 def verify_plan(path: Path, model_dir: Path | None = None) -> tuple[Plan, tuple[str, ...]]:
     """Checks every byte of a plan, then this machine (and a model directory) against it; returns soft mismatches."""
+    from fiddler_runtime import loading
+
     plan = plan_format.read_plan(path)
     if model_dir is not None:
         execution.check_model(plan, model_dir)
-    return plan, compat.check(plan.header, this_machine())
+    return plan, compat.check(plan.header, this_machine(loading.device_here(plan)))
 
 
 def run(plan: Path, request: execution.RunRequest, **hooks: Any) -> execution.RunResult:

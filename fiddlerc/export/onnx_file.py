@@ -17,7 +17,7 @@ import torch
 from torch.export import Dim
 
 from fiddler_runtime import hf, strict
-from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.errors import FiddlerError, install
 from fiddler_runtime.progress import Progress
 from fiddler_runtime.text import format_bytes
 from fiddler_runtime.weights import ExpertWeights
@@ -205,9 +205,7 @@ def _import(name: str, extra: str) -> Any:
     try:
         return __import__(name)
     except ImportError as error:
-        raise FiddlerError(
-            f"exporting needs {name}", found=str(error), hint=f"pip install 'fiddlerc[hf,{extra}]'"
-        ) from None
+        raise FiddlerError(f"exporting needs {name}", found=str(error), hint=install(f"hf,{extra}")) from None
 
 
 @contextmanager

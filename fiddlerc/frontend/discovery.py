@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fiddler_runtime.checkpoint import config_value
-from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.errors import FiddlerError, install
 from fiddler_runtime.hf import layer_of
 from fiddler_runtime.lanes.expert import activate
 from fiddlerc.ir import ACTIVATIONS, Activation, ExpertTensors, ModelSpec
@@ -86,7 +86,7 @@ def _import_transformers(values: Mapping[str, Any]) -> Any:
             "this architecture is not built in and cannot be looked up",
             found=f"model_type {values.get('model_type')}, and no transformers",
             expected="transformers, which knows more architectures",
-            hint="pip install 'fiddlerc[hf]'",
+            hint=install("hf"),
         ) from None
     return transformers
 

@@ -33,11 +33,11 @@ def load_model(source: str) -> ModelSpec:
         )
     spec = zoo.find(source)
     if spec is None:
-        near = difflib.get_close_matches(source, zoo.zoo_names(), 1) or ["mixtral"]
+        near = difflib.get_close_matches(source.lower(), zoo.zoo_names(), 1) or ["mixtral"]
         raise FiddlerError(
             "no such model directory or built-in name",
             found=repr(source),
             expected=f"a Hugging Face directory, an ONNX file or one of {names}",
-            hint=f"fiddlerc compile {near[0]} --hw a100 -o PLAN",
+            hint=f"ls shows what directories there are; a built-in name is, for example, {near[0]}",
         )
     return spec

@@ -19,10 +19,10 @@ def zoo_names() -> tuple[str, ...]:
 
 
 def find(name: str) -> ModelSpec | None:
-    """The built-in model of that name, be it the short one (mixtral) or the model's own (mixtral-8x7b)."""
+    """The built-in model of that name, be it the short one (mixtral) or the model's own (Mixtral-8x7B), in any case."""
     for short in zoo_names():
         entry = entry_of(short)
-        if name in (short, entry["name"]):
+        if name.lower() in (short, entry["name"]):
             return describe(entry["config"], name=entry["name"], where=f"the built-in model {short}")[0]
     return None
 

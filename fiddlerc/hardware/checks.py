@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from fiddler_runtime.build import cache_dir, find_toolchain
-from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.errors import FiddlerError, install
 from fiddler_runtime.machine import (
     KNOWN_ISAS,
     Machine,
@@ -51,7 +51,7 @@ class Package:
     install: str
 
 
-_COMPILER = "pip install 'fiddlerc[compiler]'"
+_COMPILER = install("compiler")
 PACKAGES = (
     Package("torch", (2, 6), "the runtime", "pip install torch"),
     Package("numpy", (1, 26), "the runtime", "pip install numpy"),
@@ -59,7 +59,7 @@ PACKAGES = (
     Package("scikit-learn", (1, 5), "latency models", _COMPILER),
     Package("jinja2", (3, 1), "generating kernels", _COMPILER),
     Package("matplotlib", (3, 9), "the report", _COMPILER),
-    Package("transformers", (5, 20), "tracing and running Hugging Face models", "pip install 'fiddlerc[hf]'"),
+    Package("transformers", (5, 20), "tracing and running Hugging Face models", install("hf")),
 )
 
 

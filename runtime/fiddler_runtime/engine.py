@@ -23,6 +23,7 @@ from .counters import PHASES, Counters, Pair, Phase
 from .dispatch import Dispatcher
 from .drift import LANES, Drift, Setup
 from .errors import FiddlerError, FiddlerWarning
+from .kernels import require_variant
 from .lanes.accelerator import AcceleratorLanes
 from .lanes.device import Device, open_device
 from .lanes.generated_kernels import kernels_on
@@ -91,6 +92,8 @@ class Engine:
 
         setup = rules.decide(self.plan, device, strategies, gpu=torch.cuda.is_available())
         self.strategies = setup.strategies
+        if isa is not None:
+            require_variant(self.plan.header.kernels, isa)  # before kernels are built
         weights.check(self.spec)
         if not isinstance(packed_cache, PackedCache):
             packed_cache = PackedCache.open(packed_cache, self.spec, weights)

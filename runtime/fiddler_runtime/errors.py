@@ -44,6 +44,11 @@ class FiddlerWarning(UserWarning):
     """Something works, but not as well as the user may believe."""
 
 
+def install(extras: str) -> str:
+    """The command that installs what some parts need."""
+    return f"pip install '.[{extras}]'   (in fiddlerc's own folder)"
+
+
 @contextmanager
 def hinted(hint: str) -> Iterator[None]:
     """Errors from inside that have no hint get this one. A decorator too."""

@@ -16,7 +16,7 @@ from . import strategies as rules
 from .captured.forward import CapturedForward
 from .checkpoint import check_identity, read_config
 from .engine import Engine
-from .errors import FiddlerError, FiddlerWarning
+from .errors import FiddlerError, FiddlerWarning, install
 from .loading import load_plan, open_library
 from .packed_cache import PackedCache
 from .plan import ModelSpec, Plan
@@ -309,6 +309,6 @@ def import_transformers() -> Any:
             "cannot import transformers",
             found=str(error),
             expected=f"transformers {OLDEST} or later",
-            hint="pip install 'fiddlerc[hf]'",
+            hint=install("hf"),
         ) from None
     return transformers

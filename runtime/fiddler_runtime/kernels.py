@@ -78,6 +78,17 @@ def empty_packed(packed_bytes: int, experts: int | None = None) -> torch.Tensor:
     return packed if experts is None else packed.view(experts, packed_bytes // 2)
 
 
+def require_variant(spec: KernelSpec, isa: str) -> None:
+    """Raises FiddlerError if there are no kernels of that instruction set."""
+    built = [variant.isa for variant in spec.variants]
+    if isa not in built:
+        raise FiddlerError(
+            f"there are no {isa} kernels in this plan",
+            found=", ".join(built),
+            hint=f"fiddlerc compile ... --isa {isa}" if isa in KNOWN_ISAS else _LEAVE_IT,
+        )
+
+
 class KernelLibrary:
     """A loaded kernel library, checked against the plan's description of it.
 
@@ -175,13 +186,7 @@ class KernelLibrary:
             raise FiddlerError(f"cannot {what} ({self.spec.name})", found=text)
 
     def _refuse(self, isa: str) -> None:
-        if isa not in self.isas:
-            raise FiddlerError(
-                f"this plan's kernels were not compiled for {isa}",
-                found=", ".join(self.isas),
-                expected=isa,
-                hint=f"fiddlerc compile ... --isa {isa}" if isa in KNOWN_ISAS else _LEAVE_IT,
-            )
+        require_variant(self.spec, isa)
         raise FiddlerError(
             f"this CPU cannot run {isa} kernels",
             found=refused(isa) or "an operating system that refuses the registers",

@@ -36,7 +36,7 @@ def load_plan(path: str | Path, *, trust_binaries: bool = False) -> LoadedPlan:
     (FiddlerWarning) about what makes its latencies stale.
     """
     plan = read_plan(Path(path))
-    for difference in check(plan.header, this_machine(_device_to_compare(plan))):
+    for difference in check(plan.header, this_machine(device_here(plan))):
         warnings.warn(difference, FiddlerWarning, stacklevel=2)
     binary = None
     if trust_binaries:
@@ -52,8 +52,8 @@ def load_plan(path: str | Path, *, trust_binaries: bool = False) -> LoadedPlan:
     return LoadedPlan(plan.path, plan.header, plan.tables, binary)
 
 
-def _device_to_compare(plan: Plan) -> AcceleratorKind:
-    """The device that the engine would choose: see `strategies.choose_device`."""
+def device_here(plan: Plan) -> AcceleratorKind:
+    """The device that an engine would choose by itself: see `strategies.choose_device`."""
     return choose_device(plan, "auto", None, gpu=torch.cuda.is_available())
 
 

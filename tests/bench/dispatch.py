@@ -8,6 +8,7 @@ model, one token, through Engine.moe without an accelerator: all of it, and of t
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 import time
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sources = generate(64, 64, ["scalar"])
     with tempfile.TemporaryDirectory() as folder:
         library = KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)

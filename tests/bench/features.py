@@ -9,6 +9,7 @@ accelerator.
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ SHARE = 4  # one of so many experts is on the accelerator
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print("| model | machine | experts on the GPU | w / c(1) | split: decode, prompt, beam | prefetch: the same |")
     print("| --- | --- | --- | --- | --- | --- |")
     for model in MODELS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 import time
@@ -49,6 +50,7 @@ def seconds(kernels: Kernels, names: ExpertTensors) -> tuple[float, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sources = generate(FORM.hidden_size, FORM.intermediate_size, activation=FORM.activation, bias=FORM.bias)
     with tempfile.TemporaryDirectory() as folder:
         library = KernelLibrary(build_kernels(sources.write(Path(folder))), sources.spec)

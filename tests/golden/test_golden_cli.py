@@ -270,7 +270,7 @@ def test_a_plan_for_an_instruction_set_that_this_cpu_lacks(
     from fiddler_runtime.machine import Accelerator, Machine
 
     old = Machine("Old CPU", 4, ("avx2", "scalar"), 1, 1, 1, 1, 1 << 34, Accelerator("none", "none", 0, ""))
-    monkeypatch.setattr(pipeline, "this_machine", lambda: old)
+    monkeypatch.setattr(pipeline, "this_machine", lambda *_: old)
     path = compiled(tmp_path, isas=("avx512_bf16",))
     assert run_command_line(["verify", str(path)]) == 1
     golden("errors/isa-this-cpu-lacks.txt", capsys.readouterr().err.replace(str(tmp_path), "TMP"))

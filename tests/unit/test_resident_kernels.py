@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
 ]
 TRITON = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
-WITHOUT_TRITON = "needs Triton (pip install 'fiddlerc[triton]', 0.7 GB) and its interpreter (tests/conftest.py)"
+WITHOUT_TRITON = "needs Triton (pip install '.[triton]', 0.7 GB) and its interpreter (tests/conftest.py)"
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.activation}{'-bias' * form.bias}")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fiddler_runtime.errors import FiddlerError
+from fiddler_runtime.errors import FiddlerError, install
 from fiddler_runtime.onnx_file import DATA_FIELDS, GRAPH_INITIALIZER, MODEL_GRAPH, Wire, read_initializers
 from fiddler_runtime.safetensors_header import DOWNLOAD_AGAIN
 
@@ -114,7 +114,7 @@ def import_onnx() -> Any:
         import onnx.numpy_helper
     except ImportError as error:
         raise FiddlerError(
-            "reading ONNX files needs the onnx package", found=str(error), hint="pip install 'fiddlerc[onnx]'"
+            "reading ONNX files needs the onnx package", found=str(error), hint=install("onnx")
         ) from None
     return onnx
 

@@ -83,7 +83,12 @@ def _read_header(path: Path) -> bytes:
             f"no such plan: {path}", hint=f"fiddlerc compile MODEL --hw HW -o {path}   (plans/ has ready ones)"
         )
     if not os.path.isdir(path):
-        raise FiddlerError(f"{path} is not a plan", found="a file", expected=f"a directory with {HEADER}")
+        raise FiddlerError(
+            f"{path} is not a plan",
+            found="a file",
+            expected=f"a directory with {HEADER}",
+            hint=f"give the folder: {path.parent}" if path.name == HEADER else "fiddlerc compile MODEL --hw HW -o PLAN",
+        )
     if not os.path.lexists(path / HEADER):
         raise FiddlerError(
             f"{path} is not a plan",

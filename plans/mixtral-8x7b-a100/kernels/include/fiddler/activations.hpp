@@ -12,7 +12,7 @@ namespace fdl {
 
 // `inputs` bf16 as the variant's elements, themselves or each number as fp32, with zeros up to a multiple of kTileInputs.
 inline void fill_row(const uint16_t* from, int64_t inputs, int64_t element_bytes, char* to) {
-  const int64_t zeros = (inputs + kTileInputs - 1) / kTileInputs * kTileInputs - inputs;
+  const int64_t zeros = row_inputs(inputs) - inputs;
   if (element_bytes == 2) {
     std::memcpy(to, from, static_cast<size_t>(inputs * 2));
   } else {

@@ -92,6 +92,7 @@ struct fdl_step {
   }
 
   int32_t end(int32_t layers) {
+    if (!alive()) return FDL_E_THREAD;  // the mutex may be held by a thread that was not forked
     const std::lock_guard<std::mutex> lock(mutex_);
     active_.store(false);
     if (served_.load() < layers) give_up(FDL_E_STALL);

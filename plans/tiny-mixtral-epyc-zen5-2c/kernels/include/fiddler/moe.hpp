@@ -291,7 +291,7 @@ class MoeLayer {
     return std::max(kGroups[index], std::min(each / 2 * 2, inputs < kResidentInputs ? kFewBlocks : kTileBlocks));
   }
 
-  int64_t thread_sums() const { return kTileUnitTokens * kLanes * (variant_.tiles_from ? kTileBlocks : 1); }
+  int64_t thread_sums() const { return unit_tokens_ * kLanes * (variant_.tiles_from ? kTileBlocks : 1); }
 
   char* row_at(int64_t number) const { return activations_ + number * row_bytes_; }
 

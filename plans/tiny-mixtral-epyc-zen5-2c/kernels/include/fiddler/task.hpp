@@ -65,11 +65,13 @@ namespace {  // internal linkage: this header is compiled for every instruction 
 constexpr int64_t row_inputs(int64_t inputs) { return (inputs + fdl::kTileInputs - 1) / fdl::kTileInputs * fdl::kTileInputs; }
 
 // A token's row: its inputs of gate and up, then those of down, so that the same code, made for one distance of rows, reads both.
-// Between them is a line: what lies behind the inputs may be read, while down's are written.
+// Between them is a line: tiles read fewer than one a token behind their inputs, while down's are written.
 constexpr int64_t input_bytes(int64_t element_bytes) { return row_inputs(fdl::kHidden) * element_bytes + 64; }
-// An odd number of cache lines, so that a register tile's rows never share a cache set.
+// The next 33 modulo 64 cache lines: a register tile's rows never share a set of the first-level cache (an odd number is enough for
+// that), and a unit's rows of a depth block, 32 lines each, fill all sets of the second-level one alike.
 constexpr int64_t row_bytes(int64_t element_bytes) {
-  return ((input_bytes(element_bytes) + row_inputs(fdl::kIntermediate) * element_bytes) / 64 | 1) * 64;
+  const int64_t lines = (input_bytes(element_bytes) + row_inputs(fdl::kIntermediate) * element_bytes) / 64;
+  return ((lines + 30) / 64 * 64 + 33) * 64;
 }
 
 // Parts of something: as few as possible, none larger than `most` or more than one larger than another. Given `last`, the
