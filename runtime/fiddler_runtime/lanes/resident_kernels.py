@@ -139,9 +139,13 @@ def _triton(
 ) -> None:
     """From the packed bytes: triton_experts.py."""
     kernels: Any = importlib.import_module(".triton_experts", __package__)
-    work = [(held.packed(share.expert), share.start, share.stop) for share in shares]
+    # Of the layer's rows those from the first share's to the last's: kernels take memory for each. From a multiple of 4
+    # on, or Triton would compile them again for addresses that are less aligned.
+    first, last = min(share.start for share in shares) // 4 * 4, max(share.stop for share in shares)
+    work = [(held.packed(share.expert), share.start - first, share.stop - first) for share in shares]
     cut = kernels.TILES[tiles]
-    kernels.run(hidden, rows, weights, held.form, kernels.table(work, cut, hidden.device), out, cut)
+    table = kernels.table(work, cut, hidden.device)
+    kernels.run(hidden, rows[first:last], weights[first:last], held.form, table, out, cut)
 
 
 def _nothing_missing(form: ExpertForm, device: torch.device) -> str | None:
