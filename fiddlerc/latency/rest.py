@@ -35,7 +35,7 @@ def fit_rest(calibration: Calibration, spec: ModelSpec, tokens: npt.NDArray[np.i
 
 
 def _measured(steps: Sequence[StepSample], tokens: npt.NDArray[np.int32]) -> Rest:
-    kv_us = _kv_us(steps)
+    kv_us = _kv_us(steps) or 0.0
     us = _without_cache(steps, kv_us)
     work = Work(np.array([float(step.tokens) for step in steps]), np.ones(len(steps)), np.ones(len(steps)))
     # Not a line: from one token to beams to a prompt `generate` does more for the first few tokens than for later ones.
@@ -54,12 +54,8 @@ def _transferred(steps: Sequence[StepSample], spec: ModelSpec, tokens: npt.NDArr
     models: dict[str, list[StepSample]] = {}
     for step in steps:
         models.setdefault(step.model_fingerprint, []).append(step)
-    kv_us_of = {model: _kv_us(own) for model, own in models.items()}
-    per_byte = [
-        kv_us_of[model] / max(1, own[0].kv_bytes_per_token)
-        for model, own in models.items()
-        if len({step.context for step in own if step.tokens == 1}) > 1
-    ]
+    slopes = [(_kv_us(own), max(1, own[0].kv_bytes_per_token)) for own in models.values()]
+    kv_us_per_byte = float(np.median([us / nbytes for us, nbytes in slopes if us is not None] or [0.0]))
 
     def work(layers: int, nbytes: int, counts: npt.ArrayLike) -> Work:
         count = np.asarray(counts, np.float64)
@@ -73,7 +69,7 @@ def _transferred(steps: Sequence[StepSample], spec: ModelSpec, tokens: npt.NDArr
     measured = join([work(step.num_layers, step.non_expert_bytes, [step.tokens]) for step in steps])
     sizes = np.array([step.tokens for step in steps])
     candidate = linear("layers, bytes and operations", [SIZE, READ, COMPUTE], transfers=True)
-    kv_us = np.array([kv_us_of[step.model_fingerprint] for step in steps])
+    kv_us = np.array([kv_us_per_byte * step.kv_bytes_per_token for step in steps])
     chosen = choose([candidate], measured, _without_cache(steps, kv_us), groups=sizes)
     formula = chosen.fitted.formula.replace("x n", "x layers")
     summary = CurveSummary(
@@ -81,7 +77,7 @@ def _transferred(steps: Sequence[StepSample], spec: ModelSpec, tokens: npt.NDArr
         False, chosen.errors,
     )  # fmt: skip
     us = chosen.fitted.predict(work(spec.num_layers, spec.non_expert_bytes, tokens))
-    return Rest(us, float(np.median(per_byte or [0.0])) * spec.kv_bytes_per_token, summary)
+    return Rest(us, kv_us_per_byte * spec.kv_bytes_per_token, summary)
 
 
 def _from_limits(calibration: Calibration, spec: ModelSpec, tokens: npt.NDArray[np.int32]) -> Rest:
@@ -110,13 +106,13 @@ def _ceiling(calibration: Calibration, *, efficiency: bool = False) -> Ceiling:
     return of(calibration.limits, efficiency)
 
 
-def _kv_us(steps: Sequence[StepSample]) -> float:
-    """The slope of one model's one-token steps over the length of their cache, least squares, at least 0; 0 for one
+def _kv_us(steps: Sequence[StepSample]) -> float | None:
+    """The slope of one model's one-token steps over the length of their cache, least squares, at least 0. None for one
     length."""
     lengths = np.array([float(step.context) for step in steps if step.tokens == 1])
     times = np.array([step.median_us for step in steps if step.tokens == 1])
     if len(set(lengths.tolist())) < 2:
-        return 0.0
+        return None
     return max(0.0, float(np.polyfit(lengths, times, 1)[0]))
 
 

@@ -24,7 +24,7 @@ __all__ = ["Checkpoint", "TensorInfo", "check_identity", "config_value", "expert
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SAMPLES, SAMPLE_BYTES, SAMPLE_DISTANCE = 64, 4096, 2 << 20
+SAMPLES, SAMPLE_BYTES, SAMPLE_DISTANCE = 64, 4096, 8 << 20
 """Pieces of a file that identify it besides what is where in it: at least so many, at most so far apart."""
 _READERS = 16
 """Threads that read them: what is not in memory takes a disk or a network far longer than the reading itself."""
@@ -234,7 +234,7 @@ def config_value(config: Mapping[str, Any], key: str) -> Any:
 
 def _samples(descriptor: int, start: int, end: int) -> Iterator[bytes]:
     """A file's pieces from `start` on, some at a time, in order."""
-    count = max(SAMPLES, (end - start) // SAMPLE_DISTANCE)
+    count = max(SAMPLES, -(-(end - start) // SAMPLE_DISTANCE))
 
     def read(first: int) -> bytes:
         numbers = range(first, min(first + SAMPLES, count))

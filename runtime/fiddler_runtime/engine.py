@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -93,7 +94,7 @@ class Engine:
         setup = rules.decide(self.plan, device, strategies, gpu=torch.cuda.is_available())
         self.strategies = setup.strategies
         if isa is not None:
-            require_variant(self.plan.header.kernels, isa)  # before kernels are built
+            require_variant(self.plan.header.kernels, isa)  # before anything takes long
         weights.check(self.spec)
         if not isinstance(packed_cache, PackedCache):
             packed_cache = PackedCache.open(packed_cache, self.spec, weights)
@@ -145,6 +146,8 @@ class Engine:
             self._drift = Drift(self.plan, Setup(self._device.kind, self._kernels.threads, self._kernels.isa))
             self._description = self._describe()
             self._undo = undo.pop_all()
+        # Of an engine that nobody closes. Not at exit, when the driver may be gone.
+        weakref.finalize(self, _let_go, self._undo, self._process).atexit = False
 
     @property
     def device(self) -> torch.device:
@@ -170,7 +173,8 @@ class Engine:
             return captured.moe(row, hidden, topk_ids, topk_weights).to(hidden.dtype)
         if hidden.shape[0] == 0:
             return torch.empty_like(hidden)
-        with self._alone("moe()"):
+        self._refuse_between_steps("moe()")
+        with self._lock:
             if self._closed:
                 raise FiddlerError("the engine is closed", found="a call of moe() after close()")
             out = self._run_within_memory(row, hidden, topk_ids, topk_weights)
@@ -308,7 +312,8 @@ class Engine:
         Raises FiddlerError where there is no such thing: without an accelerator, or where experts may neither be
         resident nor run on the CPU. After residents were given up it is another one, to which older steps mean nothing.
         """
-        with self._alone("captured()"):
+        self._refuse_between_steps("captured()")
+        with self._lock:
             if self._closed:
                 raise FiddlerError("the engine is closed", found="a captured step after close()")
             if self._captured is None:
@@ -338,17 +343,14 @@ class Engine:
             finally:
                 self._stepping = None
 
-    @contextmanager
-    def _alone(self, call: str) -> Iterator[None]:
-        """One thread at a time. A thread that is in `captured` would wait for itself."""
+    def _refuse_between_steps(self, call: str) -> None:
+        """A thread that is in `captured` would wait for itself."""
         if self._stepping == threading.get_ident():
             raise FiddlerError(
                 f"{call} was called between captured steps",
                 found="with engine.captured() around it, in the same thread",
                 hint="leave that first",
             )
-        with self._lock:
-            yield
 
     def _captured_strategies(self) -> list[str]:
         """Those of captured steps, in which nobody starts copies once the routing is known. None where experts would be
@@ -429,14 +431,15 @@ class Engine:
         """Waits for the call in progress, ends the threads and lets the weights go. Calling it again does nothing."""
         if os.getpid() != self._process:
             return  # all of it is that process's, whose other threads may hold the lock
-        with self._alone("close()"):
+        self._refuse_between_steps("close()")
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
-            self._device.close()  # first: what follows gives memory back that its copies may still read
-            if self._captured is not None:
-                self._captured.close()
-            self._undo.close()
+            with self._undo:  # whatever fails before
+                self._device.close()  # first: what follows gives memory back that its copies may still read
+                if self._captured is not None:
+                    self._captured.close()
             self._captured = self._ahead = None  # which hold the weights too
             del self._lanes, self._dispatcher, self._store
 
@@ -445,6 +448,11 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _let_go(undo: ExitStack, process: int) -> None:
+    if os.getpid() == process:
+        undo.close()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from .captured.forward import CapturedForward
 from .checkpoint import check_identity, read_config
 from .engine import Engine
 from .errors import FiddlerError, FiddlerWarning, install
+from .kernels import require_variant
 from .loading import load_plan, open_library
 from .packed_cache import PackedCache
 from .plan import ModelSpec, Plan
@@ -74,6 +75,8 @@ def load(
     if experts is not None:
         check_identity(spec, model_dir)
     setup = rules.decide(plan, device, strategies, gpu=torch.cuda.is_available())
+    if isa is not None:
+        require_variant(plan.header.kernels, isa)  # before anything takes long
     cache = PackedCache.open(packed_cache, spec, weights)
     needs = survey(plan.header, setup, cache, whole_model=True)
     if on_preflight is not None:

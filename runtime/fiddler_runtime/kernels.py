@@ -83,7 +83,7 @@ def require_variant(spec: KernelSpec, isa: str) -> None:
     built = [variant.isa for variant in spec.variants]
     if isa not in built:
         raise FiddlerError(
-            f"there are no {isa} kernels in this plan",
+            f"no {isa} kernels were generated",
             found=", ".join(built),
             hint=f"fiddlerc compile ... --isa {isa}" if isa in KNOWN_ISAS else _LEAVE_IT,
         )

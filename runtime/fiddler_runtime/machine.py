@@ -125,7 +125,7 @@ def require_cuda() -> None:
             "no CUDA device to use",
             found="torch.cuda.is_available() is False",
             expected="an NVIDIA GPU with its driver, and a torch built for CUDA",
-            hint="fiddlerc doctor   (to go on without a GPU: --device simulated, of calibrate --accelerator simulated)",
+            hint="fiddlerc doctor   (without a GPU: --device simulated, or for calibrate --accelerator simulated)",
         )
 
 

@@ -159,6 +159,13 @@ def test_an_expert_chosen_twice_counts_twice(engine: Engine, experts):
     assert ((out.double() - expected).abs() <= 6 * 2.0**-9 * size + 1e-6).all()
 
 
+def test_within_inference_mode(engine: Engine):
+    hidden, ids, weights = routing(40, 13)
+    expected = engine.moe(1, hidden, ids, weights)
+    with torch.inference_mode():
+        assert torch.equal(engine.moe(1, hidden, ids, weights), expected)
+
+
 def test_the_inputs_are_not_touched(engine: Engine):
     hidden, ids, weights = routing(20, 2)
     copies = hidden.clone(), ids.clone(), weights.clone()

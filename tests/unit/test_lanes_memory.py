@@ -234,8 +234,9 @@ def test_locked_memory_is_given_back(plan: Plan, fake: FakeDriver, monkeypatch: 
         del engine
         gc.collect()
     else:
-        with pytest.raises((KeyboardInterrupt, FiddlerError)):
+        with pytest.raises((KeyboardInterrupt, FiddlerError)) as raised:
             Engine(plan, ExpertWeights.random())
+        assert raised.tb is not None  # whose frames hold the memory
     assert fake.native.fake_registered() == 0
 
 

@@ -63,23 +63,27 @@ class CapturedForward:
             return self._forward(**kwargs)
         try:
             with self._engine.captured() as layers:
-                # Steps of before residents were given up: no longer right, and memory that is wanted.
-                self._captured = {key: step for key, step in self._captured.items() if step.layers is layers}
-                step = self._captured.pop(call.key, None)
-                if step is None:
-                    return _copied(self._capture(layers, call), call.cache)
-                return _copied(self._replay(step, call), call.cache)
+                return self._step(layers, call)
         except CannotCapture as error:
             self._impossible[call.key] = error.line
             return self._plain(kwargs, error.line)
-        except FiddlerError as error:
-            # What the step left behind is not known: this text ends here, and the next one takes the plain path.
-            self._broken = error.line
-            raise
 
     def undo(self) -> None:
         """The model's own forward again; after the last step."""
         del self._model.forward
+
+    def _step(self, layers: CapturedLayers, call: _Call) -> Any:
+        # Steps of before residents were given up: no longer right, and memory that is wanted.
+        self._captured = {key: step for key, step in self._captured.items() if step.layers is layers}
+        step = self._captured.pop(call.key, None)
+        try:
+            return _copied(self._capture(layers, call) if step is None else self._replay(step, call), call.cache)
+        except CannotCapture:
+            raise
+        except FiddlerError as error:
+            # What the step left behind is not known: this text ends here, and the next one takes the plain path.
+            self._broken = error.line
+            raise
 
     def _replay(self, step: _Step, call: _Call) -> Any:
         self._captured[call.key] = step  # now the most recently used

@@ -89,7 +89,7 @@ class NativeStep:
         self._pointers = (c_void_p * rows)(*(ctypes.addressof(row) for row in pointers))
         self._rows = tuple(pointers)
         tables, resident = dispatcher.native_tables()
-        self._library = kernels.library
+        self._kernels, self._library = kernels, kernels.library
         self._native = declared(kernels.library.native)
         setup = _Setup(
             tables,

@@ -35,8 +35,10 @@ class AcceleratorLanes:
 
         ahead  (row, expert) to fetch for a later layer once this one's copies are on their way
         """
-        # Here: memory is the stream's that it was taken on, and it is this one's caller who reads the result.
-        out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        # Here: memory is the stream's that it was taken on, and whoever calls reads the result. The queue's thread adds
+        # to it, outside the caller's inference mode.
+        with torch.inference_mode(False):
+            out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         return self._device.submit(self._run, row, hidden, routing, ahead, out)
 
     def prefetch(self, row: int, expert: int) -> Future[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,11 +54,8 @@ def lock(
             unregister(begin)
         raise
 
-    def undo(keep: torch.Tensor = memory) -> None:  # the memory may not be freed before
+    def undo(keep: torch.Tensor = memory) -> None:  # which may not be freed before
         while locked:
             unregister(locked.pop())
 
-    pin = Pin(done, undo)
-    # Of an engine that nobody closed. Not at exit, when the driver may be gone.
-    weakref.finalize(pin, undo).atexit = False
-    return pin
+    return Pin(done, undo)
