@@ -162,7 +162,13 @@ class AcceleratorExpert:
         Meanwhile the calling thread does something else with as many, as it has the CPU lane's work in a layer.
         """
         layer, count, entry_us = self.layer(tokens, self._experts, meanwhile), self._experts, self.entry_us
-        return lambda index: max(0.0, layer(index) - entry_us) / count
+
+        def call(index: int) -> float:
+            us = layer(index)
+            # Entries are measured at another moment: on a busy machine a call may be shorter than one.
+            return max(us - entry_us, 0.1 * us) / count
+
+        return call
 
     def layer(self, tokens: int, experts: int, meanwhile: Callable[[int], Timed] | None = None) -> Timed:
         """A call whose tokens all chose so many experts, `together` at most."""

@@ -72,6 +72,7 @@ def test_a_calibration_has_every_quantity_and_makes_a_latency_model(
     assert count["host_to_device"] == count["device_to_host"] >= 4
     assert count["launch"] == 1
     assert count["host_to_device_pageable"] == 0, "only a GPU's copies need memory that is locked"
+    assert all(sample.median_us > 0 for sample in calibration.samples)
     cpu = [sample for sample in calibration.samples if sample.quantity == "cpu_expert"]
     assert {sample.isa for sample in cpu} == {library.open().isa}
     assert {sample.threads for sample in cpu} == {calibration.limits.cpu_threads}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from golden_type import Golden
 from tiny_families import DISCOVERED, FAMILIES, edit_config, save_family
 
 from fiddler_runtime import Engine, ExpertWeights, hf, load_plan
-from fiddler_runtime.errors import FiddlerError, FiddlerWarning
+from fiddler_runtime.errors import FiddlerError, FiddlerWarning, install
 from fiddler_runtime.plan import Feature
 from fiddlerc import frontend, pipeline
 
@@ -356,5 +357,5 @@ def test_without_transformers_the_error_says_what_to_install(checkpoint: Path, p
     import sys
 
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(FiddlerError, match=r"pip install 'fiddlerc\[hf\]'"):
+    with pytest.raises(FiddlerError, match=re.escape(install("hf"))):
         hf.load(checkpoint, plan)

@@ -280,7 +280,8 @@ def test_cuda_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         total_memory = 24 << 30
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: Properties())
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: {1: Properties()}[index])
     write(tmp_path, "proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue\n")
     found = find_accelerator("auto", 1 << 30, tmp_path)
     assert (found.kind, found.name, found.memory_bytes) == ("cuda", "NVIDIA Test", 24 << 30)
