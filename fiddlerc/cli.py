@@ -36,7 +36,7 @@ from rich.progress import (
 
 from fiddler_runtime.errors import FiddlerError, FiddlerWarning
 from fiddler_runtime.progress import BYTES
-from fiddler_runtime.text import format_bytes
+from fiddler_runtime.text import PLACEMENTS, format_bytes
 
 from . import __version__
 
@@ -115,8 +115,6 @@ def parse_cache(text: str) -> bool | Path:
     """--packed-cache's folder; without one: True, beside the checkpoint."""
     return Path(text) if text else True
 
-
-_PLACED = {"placed": "this plan", "random": "at random", "worst": "the least popular"}
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan directory.")]
@@ -405,7 +403,7 @@ def inspect(
         f"(random {placed['random_hit_rate']:.1%}); {placed['basis']}",
     )
     for name, ratio in value["placement"]["relative_time"].items():
-        row("", f"{ratio:.3f} x the time of placement by popularity: {_PLACED.get(name, name)}")
+        row("", f"{ratio:.3f} x the time of placement by popularity: {PLACEMENTS.get(name, name)}")
     for feature in value["features"]:
         gains = ", ".join(f"{feature[f'gain_{s}']:.1%} in {s}" for s in ("decode", "prefill", "beam"))
         row("feature", f"{feature['name']} {'on' if feature['on'] else 'off'}: saves {gains}")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fiddler_runtime.makespan import Decision, Latencies, choose, dense, makespans
 from fiddler_runtime.plan import Header
-from fiddler_runtime.text import format_bytes
+from fiddler_runtime.text import PLACEMENTS, format_bytes
 
 from ..ir import Calibration, LatencyModel, MemoryBudget, Placement, Prediction, Scenario, Steps, Tables
 from .text import format_rate, format_us
@@ -56,6 +56,7 @@ def render(inputs: Inputs) -> bytes:
     header, tables = inputs.header, inputs.tables
     page = environment.get_template("page.html.j2").render(
         header=header,
+        placements=PLACEMENTS,
         model=header.model,
         machine=inputs.calibration.machine,
         limits=inputs.calibration.limits,

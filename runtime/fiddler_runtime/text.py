@@ -1,6 +1,14 @@
-"""Amounts for people."""
+"""Amounts and names for people."""
 
 from __future__ import annotations
+
+PLACEMENTS = {
+    "placed": "this plan's",
+    "popularity": "the most popular",
+    "random": "at random",
+    "worst": "the least popular",
+}
+"""Residents by the keys of a plan's placement.relative_time."""
 
 
 def format_bytes(count: float) -> str:

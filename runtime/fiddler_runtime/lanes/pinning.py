@@ -41,6 +41,11 @@ def lock(
     piece = max(1, piece_bytes // least) * least
     locked: list[int] = []
     done = 0
+
+    def undo(keep: torch.Tensor = memory) -> None:  # which may not be freed before
+        while locked:
+            unregister(locked.pop())
+
     try:
         while done < total:
             nbytes = min(piece, total - done)
@@ -50,12 +55,6 @@ def lock(
     except FiddlerError:
         pass  # the caller says how much is missing
     except BaseException:
-        for begin in locked:
-            unregister(begin)
+        undo()
         raise
-
-    def undo(keep: torch.Tensor = memory) -> None:  # which may not be freed before
-        while locked:
-            unregister(locked.pop())
-
     return Pin(done, undo)

@@ -68,7 +68,7 @@ constexpr int64_t row_inputs(int64_t inputs) { return (inputs + fdl::kTileInputs
 // Between them is a line: tiles read fewer than one a token behind their inputs, while down's are written.
 constexpr int64_t input_bytes(int64_t element_bytes) { return row_inputs(fdl::kHidden) * element_bytes + 64; }
 // The next 33 modulo 64 cache lines: a register tile's rows never share a set of the first-level cache (an odd number is enough for
-// that), and a unit's rows of a depth block, 32 lines each, fill all sets of the second-level one alike.
+// that), and a unit's rows of a depth block, 32 lines each, fill all sets of the second-level one nearly alike.
 constexpr int64_t row_bytes(int64_t element_bytes) {
   const int64_t lines = (input_bytes(element_bytes) + row_inputs(fdl::kIntermediate) * element_bytes) / 64;
   return ((lines + 30) / 64 * 64 + 33) * 64;
